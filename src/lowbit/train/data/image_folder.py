@@ -1,0 +1,125 @@
+"""Your own images: one folder for each class.
+
+Layout: ``root/<class>/*.png|jpg``, or ``root/train/<class>/...`` and ``root/test/<class>/...`` with a test set apart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from lowbit.train.data import DATASETS
+from lowbit.train.data.images import DataError, ImageData, split_indices
+
+__all__ = ["image_folder", "read_image"]
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
+SPLIT_SEED = 20_201_204
+
+
+def read_image(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+    """One image as u8 ``[C, H, W]``: shorter side resized (bicubic, antialiased), then the centre cut out.
+
+    Raises:
+        DataError: the file can't be read as an image.
+    """
+    height, width = size
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: not a readable image ({error}); repair or remove it") from None
+    image = ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC)
+    array = np.asarray(image, np.uint8)
+    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; data.root must hold one folder of images for each class")
+    found = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(found) < 2:
+        raise DataError(f"{folder}: {len(found)} class folders, at least 2 are needed, each full of PNG or JPEG images")
+    return found
+
+
+def _read(folders: list[Path], size: tuple[int, int], channels: int) -> tuple[Tensor, Tensor]:
+    images, labels = [], []
+    for label, folder in enumerate(folders):
+        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+        if not paths:
+            raise DataError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}); fill the folder or remove it")
+        images += [read_image(path, size, channels) for path in paths]
+        labels += [label] * len(paths)
+    return torch.from_numpy(np.stack(images)), torch.tensor(labels, dtype=torch.int64)
+
+
+@DATASETS.register("image_folder")
+def image_folder(
+    root: str | Path | None = None,
+    size: int = 32,
+    channels: int = 3,
+    validation_fraction: float = 0.2,
+    train_images: int | None = None,
+) -> ImageData:
+    """A folder of images, one folder for each class; classes in the order of their sorted names.
+
+    Zero points are the rounded mean of the training images' pixels for each channel, the scale is 1 / their standard
+    deviation; neither looks at validation or test images.
+
+    Args:
+        root: the folder. With ``root/train`` and ``root/test``, the second is the test set; else there is none.
+        size: images are resized and centre-cropped to ``size`` x ``size``.
+        channels: 1 (gray) or 3 (RGB).
+        validation_fraction: share of the training images that is held out, drawn with a fixed seed.
+        train_images: use only this many training images.
+
+    Raises:
+        DataError: no such folder, fewer than two classes, an empty class, an unreadable image, impossible settings.
+    """
+    if root is None:
+        raise DataError("image_folder needs data.root: a folder with one folder of images for each class")
+    if channels not in (1, 3):
+        raise DataError(f"data.channels = {channels}: 1 (gray) or 3 (RGB)")
+    if size < 1:
+        raise DataError(f"data.size = {size}: at least 1")
+    if not 0.0 < validation_fraction < 1.0:
+        raise DataError(f"data.validation_fraction = {validation_fraction}: between 0 and 1")
+    base = Path(root).expanduser()
+    apart = (base / "train").is_dir() and (base / "test").is_dir()
+    folders = _class_folders(base / "train" if apart else base)
+    names = tuple(folder.name for folder in folders)
+    x, y = _read(folders, (size, size), channels)
+    validation = max(1, round(len(x) * validation_fraction))
+    if validation >= len(x):
+        raise DataError(f"{base}: {len(x)} images are too few to hold {validation} out")
+    train, _ = split_indices(len(x), validation, SPLIT_SEED)
+    pixels = x[train].double()
+    zero_point = tuple(int(m) for m in pixels.mean(dim=(0, 2, 3)).round())
+    deviation = float(pixels.std())
+
+    def read_test() -> tuple[Tensor, Tensor]:
+        if not apart:
+            raise DataError(f"{base}: no test set; put images into {base / 'test'}/<class> and the rest into train")
+        test_folders = [base / "test" / name for name in names]
+        for folder in test_folders:
+            if not folder.is_dir():
+                raise DataError(f"{folder}: no such folder; the test set must have the classes of the training set")
+        return _read(test_folders, (size, size), channels)
+
+    return ImageData(
+        name="image_folder",
+        classes=names,
+        shape=(channels, size, size),
+        zero_point=zero_point,
+        scale=1 / max(deviation, 1.0),
+        read_train=lambda: (x, y),
+        read_test=read_test,
+        validation=validation,
+        split_seed=SPLIT_SEED,
+        train_images=train_images,
+    )
