@@ -1,0 +1,150 @@
+"""Batch-norm statistics of the hard network: calibration, and the two-statistics state batch norm.
+
+The statistics of W_c * x (training) and W_q * x (inference) differ, so a network trained with W_c and run with W_q is off
+(SLB, 2009.08695, section 3.3). Calibration re-measures them with hard weights; `StateBatchNorm2d` keeps both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lowbit.train.layers import set_hard
+
+
+class StateBatchNorm2d(nn.BatchNorm2d):
+    """State batch normalisation: two sets of running statistics, one affine (SLB, 2009.08695, equations 9 to 12).
+
+    ``running_mean, running_var`` follow the soft network, ``hard_mean, hard_var`` the hard one. Which set a forward pass
+    updates (in training mode) or uses (in evaluation) is up to the flag `hard`.
+    """
+
+    hard_mean: Tensor
+    hard_var: Tensor
+
+    def __init__(self, like: nn.BatchNorm2d) -> None:
+        super().__init__(like.num_features, like.eps, like.momentum, like.affine)
+        self.load_state_dict(like.state_dict(), strict=False)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.register_buffer("hard_mean", self.running_mean.clone())
+        self.register_buffer("hard_var", self.running_var.clone())
+        self.hard = False
+
+    def train(self, mode: bool = True) -> StateBatchNorm2d:
+        self.hard = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hard:
+            return super().forward(x)
+        momentum = 0.1 if self.momentum is None else self.momentum
+        return F.batch_norm(
+            x, self.hard_mean, self.hard_var, self.weight, self.bias, self.training, momentum, self.eps
+        )
+
+
+def _norms(model: nn.Module) -> list[_BatchNorm]:
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+@contextmanager
+def _hard_batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Hard weights everywhere, batch statistics in the norms, everything else as in evaluation."""
+    modes = [(m, m.training, getattr(m, "hard", None)) for m in model.modules()]
+    model.eval()
+    set_hard(model, True)
+    for norm in _norms(model):
+        norm.training = True
+    try:
+        yield
+    finally:
+        for module, training, hard in modes:
+            module.training = training
+            if hard is not None:
+                module.hard = hard  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Re-estimate every batch norm's running statistics with hard weights.
+
+    The running mean and variance become the plain averages of the batches' own, measured in float32 with hard weights
+    (SLB authors' later recipe). Call it before every evaluation; use clean (un-augmented) training images, about as
+    many as there are to evaluate on. Gradients, modes and soft statistics of `StateBatchNorm2d` are left as they were.
+
+    Args:
+        model: a prepared network.
+        batches: input tensors.
+
+    Returns:
+        How many batches were used.
+
+    Raises:
+        ValueError: no batch was given (and the statistics are left as they were).
+    """
+    norms = _norms(model)
+    sums: list[tuple[Tensor, Tensor]] = []
+    saved: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    stats = [_statistics(norm) for norm in norms]
+    for norm, (mean, var) in zip(norms, stats, strict=True):
+        sums.append((torch.zeros_like(mean), torch.zeros_like(var)))
+        counter = norm.num_batches_tracked
+        saved.append((mean.clone(), var.clone(), None if counter is None else counter.clone()))
+    momenta = [norm.momentum for norm in norms]
+    count = 0
+    device_type = next((p.device.type for p in model.parameters()), "cpu")
+    done = False
+    try:
+        for norm in norms:
+            norm.momentum = 1.0
+        with _hard_batch_statistics(model), torch.autocast(device_type, enabled=False):
+            for batch in batches:
+                model(batch)
+                count += 1
+                for (mean, var), (mean_sum, var_sum) in zip(stats, sums, strict=True):
+                    mean_sum.add_(mean)
+                    var_sum.add_(var)
+        done = count > 0
+    finally:
+        for i, norm in enumerate(norms):
+            norm.momentum = momenta[i]
+            (mean, var), (old_mean, old_var, counter) = stats[i], saved[i]
+            mean.copy_(sums[i][0] / count if done else old_mean)
+            var.copy_(sums[i][1] / count if done else old_var)
+            if counter is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(counter)
+    if not done:
+        raise ValueError("calibrate_batchnorm needs at least one batch")
+    return count
+
+
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    if isinstance(norm, StateBatchNorm2d):
+        return norm.hard_mean, norm.hard_var
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var
+
+
+@torch.no_grad()
+def update_state_batchnorm(model: nn.Module, batch: Tensor) -> None:
+    """One step of the paper's state batch norm: a forward pass with hard weights that moves the hard statistics.
+
+    Call it beside each training step of a network prepared with ``state_batchnorm=True``.
+
+    Raises:
+        ValueError: the network has no `StateBatchNorm2d`.
+    """
+    if not any(isinstance(m, StateBatchNorm2d) for m in model.modules()):
+        raise ValueError("the network has no StateBatchNorm2d; prepare it with state_batchnorm=True")
+    soft = [(m, m.training) for m in _norms(model) if not isinstance(m, StateBatchNorm2d)]
+    with _hard_batch_statistics(model):
+        for norm, _ in soft:
+            norm.training = False
+        model(batch)

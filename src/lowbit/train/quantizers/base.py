@@ -1,0 +1,217 @@
+"""What a quantizer is: it says what it computes in training (`fake`) and which integers that stands for (`encode`).
+
+`lowbit.train.freeze` asks nothing else of it, and a contract test walks the registries and holds, for every quantizer, ::
+
+    fake(x) == decode(encode(x))        exactly, once it is sharpened (`sharpen`; only SLB has anything to sharpen)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.bits import Codes
+from lowbit.train.registry import Registry
+
+WEIGHTS: Registry[type[WeightQuantizer]] = Registry(
+    "weight quantizer",
+    {
+        "float": "lowbit.train.quantizers.float",
+        "int8": "lowbit.train.quantizers.int8",
+        "sign": "lowbit.train.quantizers.sign",
+        "slb": "lowbit.train.quantizers.slb",
+    },
+)
+"""Weight quantizers by the name that `prepare(method=...)` takes."""
+
+ACTIVATIONS: Registry[type[ActivationQuantizer]] = Registry(
+    "activation quantizer",
+    {
+        "dorefa": "lowbit.train.quantizers.dorefa",
+        "int8": "lowbit.train.quantizers.int8",
+        "pact": "lowbit.train.quantizers.pact",
+        "sign": "lowbit.train.quantizers.sign",
+    },
+)
+"""Activation quantizers by the name that `prepare(activation=...)` takes."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Quantized numbers: ``value = scale * code``.
+
+    `codes` is a float32 tensor of integers; `type` says which integers they may be, and is None for float weights
+    (then `codes` holds the weights themselves). `scale` is float32: one number or one per output channel.
+    """
+
+    codes: Tensor
+    type: Codes | None
+    scale: Tensor
+
+    def decode(self) -> Tensor:
+        """scale * code, in float32."""
+        scale = self.scale
+        if scale.ndim == 1:
+            scale = scale.view(-1, *[1] * (self.codes.ndim - 1))
+        return self.codes * scale
+
+
+class WeightQuantizer(nn.Module):
+    """Base of the weight quantizers. The layer owns the trainable `latent`; the quantizer interprets it.
+
+    Args:
+        bits: weight bits K.
+
+    Raises:
+        ValueError: the method has no such number of bits.
+    """
+
+    allowed_bits: tuple[int, ...] = ()
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        if bits not in self.allowed_bits:
+            names = ", ".join(map(str, self.allowed_bits))
+            raise ValueError(f"{type(self).__name__} has {names} weight bits, not {bits!r}")
+        self.bits = bits
+
+    def latent(self, weight: Tensor) -> Tensor:
+        """The trainable tensor to start from, given float weights of shape [O, ...]."""
+        return weight.detach().clone()
+
+    def fake(self, latent: Tensor) -> Tensor:
+        """The weight used in training, float32, shape [O, ...], differentiable in `latent`."""
+        raise NotImplementedError
+
+    def encode(self, latent: Tensor) -> Encoded:
+        """The integers that the network runs with."""
+        raise NotImplementedError
+
+    def auxiliary_loss(self, latent: Tensor) -> Tensor | None:  # noqa: ARG002
+        """A term for the training loss, or None."""
+        return None
+
+    def sharpen(self) -> None:
+        """Go to the end of the method's annealing, where `fake` equals the hard weights. Nothing for most methods."""
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+class ActivationQuantizer(nn.Module):
+    """Base of the activation quantizers.
+
+    Args:
+        bits: activation bits B.
+
+    Raises:
+        ValueError: the method has no such number of bits.
+    """
+
+    allowed_bits: tuple[int, ...] = ()
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        if bits not in self.allowed_bits:
+            names = ", ".join(map(str, self.allowed_bits))
+            raise ValueError(f"{type(self).__name__} has {names} activation bits, not {bits!r}")
+        self.bits = bits
+
+    @property
+    def type(self) -> Codes:
+        """Kind and bits of the codes."""
+        raise NotImplementedError
+
+    @property
+    def scale(self) -> Tensor:
+        """The step: value = scale * code; a float32 scalar."""
+        raise NotImplementedError
+
+    @property
+    def reciprocal(self) -> Tensor | None:
+        """What x is multiplied with before rounding; a float32 scalar. None for 1-bit codes (sign) and pixels."""
+        return None
+
+    zero_point: Tensor | None = None
+    """Only for pixels: one number per channel."""
+
+    def fake(self, x: Tensor) -> Tensor:
+        """The activation used in training, differentiable."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fake(x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The integer codes of x, held in float32."""
+        codes = self.type
+        out: Tensor = torch.ops.lowbit.quantize(x, self.reciprocal, self.zero_point, codes.low, codes.high)
+        return out
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}"
+
+
+def sign(x: Tensor) -> Tensor:
+    """sign(x) = +1 unless x < 0: sign(0) = sign(-0.0) = +1 (the + 0.0 turns -0.0 into +0.0 first)."""
+    return torch.copysign(torch.ones((), dtype=x.dtype, device=x.device), x + 0.0)
+
+
+def quantize(x: Tensor, reciprocal: Tensor, low: int, high: int) -> Tensor:
+    """clamp(rint(x * reciprocal), low, high), ties to even: the op `quantize` of docs/OPS.md for 2 bits and more."""
+    return torch.clamp(torch.round(x * reciprocal), low, high)
+
+
+@torch.library.custom_op("lowbit::quantize", mutates_args=())
+def _encode(x: Tensor, reciprocal: Tensor | None, zero_point: Tensor | None, low: int, high: int) -> Tensor:
+    # One node in an exported graph. Pixels have a zero point, 1-bit codes no reciprocal.
+    x = x.float()
+    if zero_point is not None:
+        return x - zero_point.view(-1, *[1] * (x.ndim - 2))
+    return sign(x) if reciprocal is None else quantize(x, reciprocal, low, high)
+
+
+@_encode.register_fake
+def _(x: Tensor, reciprocal: Tensor | None, zero_point: Tensor | None, low: int, high: int) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+class _RoundSTE(torch.autograd.Function):
+    """rint forward, identity backward (straight-through estimator; Bengio et al. 2013)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # noqa: ARG004
+        return grad
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """round(x), ties to even, with the gradient of the identity."""
+    out: Tensor = _RoundSTE.apply(x)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _UniformSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reciprocal: Tensor, scale: Tensor, codes: Codes) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.codes = codes
+        return quantize(x, reciprocal, codes.low, codes.high) * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        inside = (x >= ctx.codes.low * scale) & (x <= ctx.codes.high * scale)
+        return torch.where(inside, grad, 0), None, None, None
+
+
+def uniform_ste(x: Tensor, reciprocal: Tensor, scale: Tensor, codes: Codes) -> Tensor:
+    """clamp(rint(x * reciprocal), low, high) * scale; gradient 1 between the ends of the range, 0 outside."""
+    out: Tensor = _UniformSTE.apply(x.float(), reciprocal, scale, codes)  # type: ignore[no-untyped-call]
+    return out

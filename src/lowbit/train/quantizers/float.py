@@ -1,0 +1,21 @@
+"""No quantization: float32 weights inside a prepared network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.train.quantizers.base import WEIGHTS, Encoded, WeightQuantizer
+
+
+@WEIGHTS.register("float")
+class Float(WeightQuantizer):
+    """q(w) = w."""
+
+    allowed_bits = (32,)
+
+    def fake(self, latent: Tensor) -> Tensor:
+        return latent
+
+    def encode(self, latent: Tensor) -> Encoded:
+        return Encoded(latent.detach().float(), None, torch.ones((), device=latent.device))

@@ -1,0 +1,112 @@
+"""SLB: searching for low-bit weights. Yang et al., NeurIPS 2020 (arXiv 2009.08695).
+
+Every weight is a distribution over a few values; a temperature sharpens it during training; the likeliest value is kept.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.bits import Codes
+from lowbit.train.quantizers.base import WEIGHTS, Encoded, WeightQuantizer
+
+_HALF_SQRT2 = math.sqrt(0.5)
+
+
+@WEIGHTS.register("slb")
+class SLB(WeightQuantizer):
+    """W_c = sum_i P_i v_i with P = softmax(A T) in training; W_q = v_argmax(A) at inference.
+
+    A are the logits, one per weight and value, V = {v_1 .. v_m} with m = 2^K evenly spaced in [-1, 1], and T the
+    inverse temperature that grows during training (2009.08695, equations 4 to 8; `Schedule` moves T). The gradient is
+    exact, there is no straight-through estimator: dL/dA_i = T P_i (v_i - W_c) dL/dW_c.
+
+    Logits have shape [m, O, ...], values in ascending order. K = 1 is stored as one logit b = (A_2 - A_1) / sqrt(2) of
+    shape [O, ...]: then W_c = tanh(T b / sqrt(2)), and b moves under SGD exactly as the two logits would, with the same
+    learning rate, momentum, weight decay and spread at the start. (Under Adam multiply the learning rate by sqrt(2).)
+    Ties go to the larger value.
+
+    Args:
+        bits: K.
+        init: ``"weights"`` starts every distribution at the float weight it replaces: with the weight w scaled to a
+            standard deviation of 1/2, A_i = a (2 w v_i - v_i^2), so that the nearest value is the likeliest;
+            ``"random"`` draws logits from a normal distribution. Either way the logits of K = 1 have the standard
+            deviation `spread` * sqrt(2 / fan_in).
+        spread: size of the logits at the start.
+        learn_values: train V together with the logits (an extension, K >= 2). The hard network rounds V to
+            scale * integers in -127..127, which must stay distinct.
+    """
+
+    allowed_bits = (1, 2, 4)
+    temperature: Tensor
+
+    def __init__(self, bits: int, init: str = "weights", spread: float = 1.0, learn_values: bool = False) -> None:
+        super().__init__(bits)
+        if init not in ("weights", "random"):
+            raise ValueError(f"init is 'weights' or 'random', not {init!r}")
+        if not spread > 0:
+            raise ValueError(f"spread must be positive, not {spread!r}")
+        if learn_values and bits == 1:
+            raise ValueError("learn_values needs 2 weight bits or more: two values are a scale, which the layer's BN has")
+        self.init = init
+        self.spread = spread
+        self.register_buffer("temperature", torch.ones(()))
+        codes = torch.from_numpy(Codes("bipolar", bits).values.copy()).float()
+        # code times float32(1 / (m - 1)), not linspace: then fake == decode(encode) holds to the last bit
+        self.register_buffer("_codes", codes, persistent=False)
+        self.register_buffer("_scale", torch.tensor(1 / (2**bits - 1), dtype=torch.float32), persistent=False)
+        self.values = nn.Parameter(codes * self._scale) if learn_values else None
+
+    _codes: Tensor
+    _scale: Tensor
+
+    def latent(self, weight: Tensor) -> Tensor:
+        w = weight.detach().float()
+        size = self.spread * math.sqrt(2 / max(w[0].numel(), 1))
+        shape = w.shape if self.bits == 1 else (2**self.bits, *w.shape)
+        if self.init == "random":
+            return torch.randn(shape, device=w.device) * size
+        deviation = w.std(correction=0) if w.numel() > 1 else w.abs().max()
+        w = w / (2 * deviation) if deviation > 0 else w
+        if self.bits == 1:
+            return w * (2 * size)
+        values = (self._codes * self._scale).view(-1, *[1] * w.ndim).to(w.device)
+        return (size * _HALF_SQRT2) * (2 * w * values - values.square())
+
+    def fake(self, latent: Tensor) -> Tensor:
+        latent = latent.float()
+        if self.bits == 1:
+            return torch.tanh(latent * (self.temperature * _HALF_SQRT2))
+        probabilities = torch.softmax(latent * self.temperature, dim=0)
+        values = self._codes * self._scale if self.values is None else self.values
+        return torch.tensordot(values, probabilities, dims=1)
+
+    def encode(self, latent: Tensor) -> Encoded:
+        latent = latent.detach()
+        one_bit = Codes("bipolar", 1)
+        if self.bits == 1:
+            return Encoded(torch.where(latent >= 0, 1.0, -1.0), one_bit, torch.ones((), device=latent.device))
+        # argmax from the top: ties go to the larger value
+        index = (2**self.bits - 1) - latent.flip(0).argmax(dim=0)
+        if self.values is None:
+            return Encoded(self._codes[index], Codes("bipolar", self.bits), self._scale)
+        values, order = self.values.detach().float().sort()
+        scale = torch.clamp(values.abs().amax(), min=1e-8) / 127
+        table = torch.round(values / scale)
+        codes = table[order.argsort()[index]]
+        distinct = tuple(int(v) for v in table)
+        if len(set(distinct)) < len(distinct):
+            raise ValueError(
+                f"two learned values of SLB fell together: {distinct} (in 127ths of the largest). "
+                "Train with fewer bits, or with learn_values=False."
+            )
+        return Encoded(codes, Codes("table", self.bits, table=distinct), scale)
+
+    def sharpen(self) -> None:
+        self.temperature.fill_(1e12)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, init={self.init!r}, learn_values={self.values is not None}"
