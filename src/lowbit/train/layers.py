@@ -45,13 +45,12 @@ class PixelInput(ActivationQuantizer):
     """Raw pixels as codes: pixel - zero_point, exact. See `Pixels`."""
 
     allowed_bits = (8,)
-    zero_point: Tensor
     _scale: Tensor
 
     def __init__(self, pixels: Pixels) -> None:
         super().__init__(8)
         self.pixels = pixels
-        self.register_buffer("zero_point", torch.tensor(pixels.zero_point, dtype=torch.float32), persistent=False)
+        self.zero_point = torch.tensor(pixels.zero_point, dtype=torch.float32)
         self.register_buffer("_scale", torch.tensor(pixels.scale, dtype=torch.float32), persistent=False)
 
     @property

@@ -112,6 +112,7 @@ class ActivationQuantizer(nn.Module):
     """
 
     allowed_bits: tuple[int, ...] = ()
+    zero_point: Tensor | None
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -119,6 +120,7 @@ class ActivationQuantizer(nn.Module):
             names = ", ".join(map(str, self.allowed_bits))
             raise ValueError(f"{type(self).__name__} has {names} activation bits, not {bits!r}")
         self.bits = bits
+        self.register_buffer("zero_point", None, persistent=False)  # only pixels have one: a number per channel
 
     @property
     def type(self) -> Codes:
@@ -134,9 +136,6 @@ class ActivationQuantizer(nn.Module):
     def reciprocal(self) -> Tensor | None:
         """What x is multiplied with before rounding; a float32 scalar. None for 1-bit codes (sign) and pixels."""
         return None
-
-    zero_point: Tensor | None = None
-    """Only for pixels: one number per channel."""
 
     def fake(self, x: Tensor) -> Tensor:
         """The activation used in training, differentiable."""

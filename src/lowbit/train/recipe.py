@@ -1,0 +1,315 @@
+"""Recipes: what to train, written in YAML, checked before anything runs.
+
+YAML only fills these typed fields; an unknown key, model, method or data set is refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lowbit.train.registry import nearest
+
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "QuantizeConfig",
+    "Recipe",
+    "RecipeError",
+    "ScheduleConfig",
+    "TrainConfig",
+    "differing_keys",
+    "load_recipe",
+]
+
+
+class RecipeError(ValueError):
+    """A recipe that can't be used; the message names the file, the key and what would be right."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(BaseModel):
+    """``name`` and the model's own arguments beside it. ``package.module:function`` names a model of yours."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The model's own arguments."""
+        return dict(self.model_extra or {})
+
+
+class QuantizeConfig(_Strict):
+    """Arguments of ``prepare``; see there."""
+
+    method: str = "slb"
+    weight_bits: Annotated[int, Field(ge=1, le=32)] = 1
+    activation_bits: Annotated[int, Field(ge=1, le=32)] = 1
+    activation: str = "auto"
+    edges: Literal["int8", "float"] = "int8"
+    residual_dtype: Literal["float32", "float16"] = "float32"
+    skip: tuple[str, ...] = ()
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class AugmentConfig(_Strict):
+    """Random shift by up to ``crop`` pixels, mirroring of half of the images."""
+
+    crop: Annotated[int, Field(ge=0)] = 0
+    flip: bool = False
+
+
+class DataConfig(BaseModel):
+    """``name``, ``root`` (None: where the data set is found by itself), ``augment``, and the data set's own arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+    root: str | None = None
+    augment: AugmentConfig = AugmentConfig()
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The data set's own arguments."""
+        return dict(self.model_extra or {})
+
+
+class TrainConfig(_Strict):
+    """How long, how fast, on what.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images in a step.
+        optimizer: "sgd" (Nesterov off), "adam" or "adamw".
+        lr: peak learning rate.
+        momentum: of SGD.
+        weight_decay: of float weights; BN, PReLU and biases have none.
+        latent_lr_scale: the quantized layers' latent weights or logits learn this much faster.
+        latent_weight_decay: decay of the latent weights or logits.
+        lr_schedule: "cosine" to 0, "step" (times ``gamma`` at each of ``milestones``, in epochs), "constant".
+        warmup: epochs of linear increase, may be a fraction.
+        grad_clip: largest norm of the whole gradient; None for no clipping.
+        label_smoothing: share of the target spread over all classes.
+        final: train on all training images, choose nothing: for settings that are fixed.
+        validate_every: epochs between two evaluations.
+        calibration_images: clean training images BN is calibrated on; None for as many as are held out.
+        precision: "float32", or "bf16" for the soft training steps. Evaluation is float32 always.
+        device: "auto" (a GPU where there is one), "cpu" or "gpu".
+        channels_last: memory format of the training steps.
+        float_init: checkpoint of a float run to start from.
+    """
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    batch_size: Annotated[int, Field(ge=2)] = 100
+    eval_batch_size: Annotated[int, Field(ge=1)] = 500
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    latent_lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    latent_weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    lr_schedule: Literal["cosine", "step", "constant"] = "cosine"
+    milestones: tuple[float, ...] = ()
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    grad_clip: Annotated[float, Field(gt=0)] | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    final: bool = False
+    validate_every: Annotated[int, Field(ge=1)] = 1
+    calibration_images: Annotated[int, Field(ge=1)] | None = None
+    precision: Literal["float32", "bf16"] = "float32"
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    channels_last: bool = True
+    float_init: str | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> TrainConfig:
+        if self.lr_schedule == "step" and not self.milestones:
+            raise ValueError("lr_schedule: step needs milestones, for example [5, 8]")
+        if self.lr_schedule != "step" and self.milestones:
+            raise ValueError(f"milestones belong to lr_schedule: step, not {self.lr_schedule}")
+        if list(self.milestones) != sorted(self.milestones):
+            raise ValueError("milestones must rise")
+        if self.warmup >= self.epochs:
+            raise ValueError(f"warmup of {self.warmup} epochs in a run of {self.epochs}")
+        return self
+
+
+class ScheduleConfig(_Strict):
+    """SLB's temperature; nothing for methods without one. See ``Schedule``."""
+
+    kind: Literal["exponential", "linear", "sine"] = "exponential"
+    growth: Annotated[float, Field(ge=1)] = 1000.0
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    end: Annotated[float, Field(gt=0, le=1)] = 0.9
+    every: Literal["step", "epoch"] = "step"
+
+    @model_validator(mode="after")
+    def _agree(self) -> ScheduleConfig:
+        if self.start >= self.end:
+            raise ValueError(f"start {self.start} must come before end {self.end}")
+        return self
+
+
+class Recipe(_Strict):
+    """Everything a training run depends on."""
+
+    name: str
+    description: str = ""
+    task: str = "classify"
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelConfig
+    quantize: QuantizeConfig = QuantizeConfig()
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    def plain(self) -> dict[str, Any]:
+        """Every field, resolved, as plain dicts, lists, numbers and strings."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """The resolved recipe; ``load_recipe`` reads it back equal."""
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differing_keys(one: Recipe, other: Recipe) -> list[str]:
+    """Dotted names of the fields in which two recipes differ."""
+    a, b = dict(_flatten(one.plain())), dict(_flatten(other.plain()))
+    missing = object()
+    return sorted(key for key in {*a, *b} if a.get(key, missing) != b.get(key, missing))
+
+
+def _fields(where: Sequence[str | int]) -> list[str]:
+    """Known keys of the section a dotted path leads to."""
+    section: type[BaseModel] = Recipe
+    for part in where:
+        annotation = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
+        if not (inspect.isclass(annotation) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = first["loc"]
+    key = ".".join(str(part) for part in where)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}: {nearest(str(where[-1]), _fields(where[:-1]))}{more}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    value = first.get("input")
+    shown = f", got {value!r}" if isinstance(value, (str, int, float, bool, type(None))) else ""
+    return f"{key}: {message}{shown}{more}" if key else f"{message}{more}"
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Every name must be known, and every argument of a model or data set one it has."""
+    from lowbit.train.data import DATASETS
+    from lowbit.train.models import model_arguments
+    from lowbit.train.quantizers import QUANTIZERS
+    from lowbit.train.tasks import TASKS
+
+    TASKS.get(recipe.task)
+    QUANTIZERS.get(recipe.quantize.method)
+    known = list(model_arguments(recipe.model.name))
+    for key in recipe.model.arguments:
+        if key not in known:
+            raise ValueError(f"unknown key 'model.{key}': {nearest(key, [*known, 'name'])}")
+    taken = [key for key in inspect.signature(DATASETS.get(recipe.data.name)).parameters if key != "root"]
+    for key in recipe.data.arguments:
+        if key not in taken:
+            raise ValueError(f"unknown key 'data.{key}': {nearest(key, [*taken, *DataConfig.model_fields])}")
+
+
+def parse_recipe(tree: Any, source: str = "recipe") -> Recipe:
+    """Check a plain dict against the fields and the registries.
+
+    Raises:
+        RecipeError: with ``source`` in front.
+    """
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{source}: a recipe is a mapping of keys to values, found {type(tree).__name__}")
+    try:
+        recipe = Recipe.model_validate(tree)
+        _check_names(recipe)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_explain(error)}") from None
+    except ValueError as error:
+        raise RecipeError(f"{source}: {error}") from None
+    return recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice and reads 1e-4 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def _set(tree: dict[str, Any], assignment: str) -> None:
+    key, equals, text = assignment.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {assignment!r}: write key.subkey=value, for example train.epochs=3")
+    *path, last = key.strip().split(".")
+    section = tree
+    for part in path:
+        inner = section.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {assignment!r}: {part!r} is not a section")
+        section = inner
+    try:
+        section[last] = _parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {assignment!r}: {error}") from None
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply ``key.subkey=value`` overrides in order, check it.
+
+    Raises:
+        RecipeError: no such file, not YAML, an unknown or impossible key; one error, the file's name in front.
+    """
+    path = Path(path)
+    try:
+        tree = _parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: can't read this recipe ({getattr(error, 'strerror', None) or error})") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from None
+    if isinstance(tree, dict):
+        for assignment in overrides:
+            _set(tree, assignment)
+    return parse_recipe(tree, str(path))
