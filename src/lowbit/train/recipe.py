@@ -6,12 +6,14 @@ YAML only fills these typed fields; an unknown key, model, method or data set is
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import nn
 
 from lowbit.train.registry import nearest
 
@@ -25,6 +27,7 @@ __all__ = [
     "TrainConfig",
     "differing_keys",
     "load_recipe",
+    "parse_recipe",
 ]
 
 
@@ -56,11 +59,13 @@ class QuantizeConfig(_Strict):
     weight_bits: Annotated[int, Field(ge=1, le=32)] = 1
     activation_bits: Annotated[int, Field(ge=1, le=32)] = 1
     activation: str = "auto"
-    edges: Literal["int8", "float"] = "int8"
+    edges: Literal["int8", "float", "none"] = "int8"
     residual_dtype: Literal["float32", "float16"] = "float32"
+    state_batchnorm: bool = False
     skip: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
+    activation_options: dict[str, Any] = Field(default_factory=dict)
 
 
 class AugmentConfig(_Strict):
@@ -71,7 +76,7 @@ class AugmentConfig(_Strict):
 
 
 class DataConfig(BaseModel):
-    """``name``, ``root`` (None: where the data set is found by itself), ``augment``, and the data set's own arguments."""
+    """``name``, ``root`` (None: found by itself), ``augment``, and the data set's own arguments beside them."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -181,7 +186,9 @@ class Recipe(_Strict):
 
     def to_yaml(self) -> str:
         """The resolved recipe; ``load_recipe`` reads it back equal."""
-        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(  # type: ignore[no-any-return]
+            self.plain(), sort_keys=False, allow_unicode=True, width=120
+        )
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -229,11 +236,26 @@ def _check_names(recipe: Recipe) -> None:
     """Every name must be known, and every argument of a model or data set one it has."""
     from lowbit.train.data import DATASETS
     from lowbit.train.models import model_arguments
-    from lowbit.train.quantizers import QUANTIZERS
+    from lowbit.train.prepare import prepare
+    from lowbit.train.quantizers import ACTIVATIONS, WEIGHTS
     from lowbit.train.tasks import TASKS
 
     TASKS.get(recipe.task)
-    QUANTIZERS.get(recipe.quantize.method)
+    WEIGHTS.get(recipe.quantize.method)
+    q = recipe.quantize
+    if q.activation != "auto":
+        ACTIVATIONS.get(q.activation)
+    # the bits and options, by the judge of them
+    prepare(
+        nn.Conv2d(1, 1, 1),
+        q.method,
+        q.weight_bits,
+        q.activation_bits,
+        activation=q.activation,
+        edges="none",
+        options=q.options,
+        activation_options=q.activation_options,
+    )
     known = list(model_arguments(recipe.model.name))
     for key in recipe.model.arguments:
         if key not in known:
@@ -270,13 +292,26 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
+                problem = f"key {key!r} is written twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
+# YAML 1.1 takes 1e-4 for a string, and asks for 1.0e-4
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{where}: not YAML: {error.problem or error.context}{line}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
 def _set(tree: dict[str, Any], assignment: str) -> None:
@@ -290,10 +325,7 @@ def _set(tree: dict[str, Any], assignment: str) -> None:
         if not isinstance(inner, dict):
             raise RecipeError(f"--set {assignment!r}: {part!r} is not a section")
         section = inner
-    try:
-        section[last] = _parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {assignment!r}: {error}") from None
+    section[last] = _parse_yaml(text, f"--set {assignment!r}")
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -304,11 +336,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        tree = _parse_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: can't read this recipe ({getattr(error, 'strerror', None) or error})") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from None
+    tree = _parse_yaml(text, str(path))
     if isinstance(tree, dict):
         for assignment in overrides:
             _set(tree, assignment)

@@ -1,0 +1,74 @@
+"""Networks, by name: plain nn.Modules that go through the same door (``prepare``) as anybody's own."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lowbit.train.registry import Registry, nearest
+
+__all__ = ["MODELS", "build_model", "model_arguments"]
+
+#: ``name -> function(classes, in_channels, image_size, **arguments) -> nn.Module``. One file, one line for each.
+MODELS: Registry[Callable[..., nn.Module]] = Registry(
+    "model",
+    {
+        "bireal_resnet14": "lowbit.train.models.bireal",
+        "resnet20": "lowbit.train.models.resnet_cifar",
+        "vgg_small": "lowbit.train.models.vgg_small",
+    },
+)
+
+_FROM_DATA = ("classes", "in_channels", "image_size")
+
+
+def _factory(name: str) -> Callable[..., nn.Module]:
+    """A registered model, or ``package.module:function``: anybody's own."""
+    if ":" not in name:
+        return MODELS.get(name)
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model {name!r} can't be imported: {error}") from None
+    if not callable(found):
+        raise ValueError(f"model {name!r} is not a class or function")
+    return found  # type: ignore[no-any-return]
+
+
+def model_arguments(name: str) -> dict[str, Any]:
+    """The arguments a recipe may give to model ``name``, with their defaults.
+
+    Raises:
+        ValueError: no such model.
+    """
+    parameters = inspect.signature(_factory(name)).parameters
+    return {key: p.default for key, p in parameters.items() if key not in _FROM_DATA}
+
+
+def build_model(name: str, *, classes: int, in_channels: int, image_size: int, **arguments: Any) -> nn.Module:
+    """Build model ``name`` in float32, randomly initialised.
+
+    Args:
+        name: a registered name, or ``package.module:function`` for your own. Of ``classes``, ``in_channels`` and
+            ``image_size`` your function gets those it has arguments for.
+        classes: number of outputs.
+        in_channels: channels of the images.
+        image_size: height and width of the images.
+        **arguments: the model's own arguments.
+
+    Raises:
+        ValueError: no such model, or it has no such argument.
+    """
+    factory = _factory(name)
+    known = model_arguments(name)
+    for key in arguments:
+        if key not in known:
+            raise ValueError(f"model {name!r} has no argument {key!r}: {nearest(key, list(known))}")
+    given = {"classes": classes, "in_channels": in_channels, "image_size": image_size}
+    takes = inspect.signature(factory).parameters
+    return factory(**{key: value for key, value in given.items() if key in takes}, **arguments)

@@ -1,0 +1,72 @@
+"""Bi-Real networks: a skip around every binary convolution (Liu et al., ECCV 2018, arXiv 1808.00278)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lowbit.train.layers import Residual
+from lowbit.train.models import MODELS
+from lowbit.train.models.blocks import Nonlinearity, Order, ResidualBlock
+
+__all__ = ["BiRealResNet14", "bireal_resnet14"]
+
+
+class BiRealResNet14(nn.Module):
+    """3x3 stem with stride 2, BN; 3 stages of 4 blocks, one 3x3 convolution each; global average; linear.
+
+    Block: ``y = [act](BN(conv(x))) + x``; ``prepare`` puts the sign in front of the convolution. The first block of the
+    second and third stage has stride 2 and the shortcut 2x2 average pooling, 1x1 convolution, BN. 14 layers: stem, 12
+    blocks, head. Input ``[N, in_channels, H, W]``, output ``[N, classes]``.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        in_channels: int,
+        width: int = 16,
+        blocks: int = 4,
+        nonlinearity: Nonlinearity = "none",
+        order: Order = "conv-bn-act",
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(in_channels, width, 3, stride=2, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.stream = Residual()
+        widths = (width, 2 * width, 4 * width)
+        layers = []
+        channels = width
+        for stage, out in enumerate(widths):
+            for i in range(blocks):
+                stride = 2 if stage > 0 and i == 0 else 1
+                layers.append(ResidualBlock(channels, out, stride, 1, nonlinearity, order))
+                channels = out
+        self.blocks = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.flatten = nn.Flatten()
+        self.head = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stream(self.bn(self.stem(x)))
+        return self.head(self.flatten(self.pool(self.blocks(x))))  # type: ignore[no-any-return]
+
+
+@MODELS.register("bireal_resnet14")
+def bireal_resnet14(
+    classes: int = 10,
+    in_channels: int = 1,
+    width: int = 16,
+    blocks: int = 4,
+    nonlinearity: Nonlinearity = "none",
+    order: Order = "conv-bn-act",
+) -> nn.Module:
+    """Bi-Real ResNet of 14 layers for small images: the demo's network.
+
+    Args:
+        classes: number of outputs.
+        in_channels: channels of the images.
+        width: channels of the first stage; the next two have 2 and 4 times as many.
+        blocks: blocks in a stage; 4 gives the 14 layers.
+        nonlinearity: behind each convolution, before the sum: "none", "relu" or "prelu".
+        order: "conv-bn-act" or "conv-act-bn".
+    """
+    return BiRealResNet14(classes, in_channels, width, blocks, nonlinearity, order)

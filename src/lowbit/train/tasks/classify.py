@@ -1,0 +1,58 @@
+"""Classification: cross-entropy, accuracy, confusion matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowbit.train.data import rounds
+from lowbit.train.tasks import TASKS
+from lowbit.train.tasks.base import Task
+
+__all__ = ["Classify"]
+
+
+@TASKS.register("classify")
+class Classify(Task):
+    """Cross-entropy over ``classes``, with optional label smoothing.
+
+    Args:
+        classes: number of classes.
+        label_smoothing: share of each target that is spread over all classes; evaluation is without it.
+    """
+
+    metric = "accuracy"
+
+    def __init__(self, classes: int, label_smoothing: float = 0.0) -> None:
+        self.classes = classes
+        self.label_smoothing = label_smoothing
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.float(), targets, label_smoothing=self.label_smoothing)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.detach().argmax(1) == targets).sum()
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> dict[str, Any]:
+        """``loss`` (mean), ``accuracy`` (0 to 1), ``images``, ``confusion``: rows are truth, columns the answer."""
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        confusion = torch.zeros(self.classes * self.classes, dtype=torch.int64, device=device)
+        with torch.autocast(device.type, enabled=False):
+            for images, labels in rounds(x, y, batch_size):
+                labels = labels.to(device)
+                logits = model(images.to(device)).float()
+                loss += F.cross_entropy(logits, labels, reduction="sum").double()
+                cell = labels * self.classes + logits.argmax(1)
+                confusion += torch.bincount(cell, minlength=self.classes**2)
+        table = confusion.view(self.classes, self.classes)
+        return {
+            "accuracy": int(table.diagonal().sum()) / len(y),
+            "loss": float(loss) / len(y),
+            "images": len(y),
+            "confusion": table.tolist(),
+        }
