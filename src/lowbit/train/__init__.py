@@ -1,12 +1,14 @@
 """Training: low-bit layers for any nn.Module, and the way from there to a Graph. Needs the extra ``lowbit[train]``."""
 
 from lowbit.train.batchnorm import StateBatchNorm2d, calibrate_batchnorm, update_state_batchnorm
+from lowbit.train.freeze import FreezeError, freeze
 from lowbit.train.layers import Pixels, QuantConv2d, QuantLinear, Residual, set_hard
 from lowbit.train.prepare import FlipCounter, auxiliary_loss, parameter_groups, prepare, weight_statistics
 from lowbit.train.schedule import Schedule, published_growth
 
 __all__ = [
     "FlipCounter",
+    "FreezeError",
     "Pixels",
     "QuantConv2d",
     "QuantLinear",
@@ -15,6 +17,7 @@ __all__ = [
     "StateBatchNorm2d",
     "auxiliary_loss",
     "calibrate_batchnorm",
+    "freeze",
     "parameter_groups",
     "prepare",
     "published_growth",

@@ -186,7 +186,7 @@ class Recipe(_Strict):
 
     def to_yaml(self) -> str:
         """The resolved recipe; ``load_recipe`` reads it back equal."""
-        return yaml.safe_dump(  # type: ignore[no-any-return]
+        return yaml.safe_dump(
             self.plain(), sort_keys=False, allow_unicode=True, width=120
         )
 
@@ -245,17 +245,19 @@ def _check_names(recipe: Recipe) -> None:
     q = recipe.quantize
     if q.activation != "auto":
         ACTIVATIONS.get(q.activation)
-    # the bits and options, by the judge of them
-    prepare(
-        nn.Conv2d(1, 1, 1),
-        q.method,
-        q.weight_bits,
-        q.activation_bits,
-        activation=q.activation,
-        edges="none",
-        options=q.options,
-        activation_options=q.activation_options,
-    )
+    try:  # the bits and options, by the judge of them
+        prepare(
+            nn.Conv2d(1, 1, 1),
+            q.method,
+            q.weight_bits,
+            q.activation_bits,
+            activation=q.activation,
+            edges="none",
+            options=q.options,
+            activation_options=q.activation_options,
+        )
+    except ValueError as error:
+        raise ValueError(f"quantize: {str(error).removeprefix('prepare: ')}") from None
     known = list(model_arguments(recipe.model.name))
     for key in recipe.model.arguments:
         if key not in known:
@@ -290,7 +292,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 problem = f"key {key!r} is written twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
@@ -299,7 +301,7 @@ class _Loader(yaml.SafeLoader):
 
 
 # YAML 1.1 takes 1e-4 for a string, and asks for 1.0e-4
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
