@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from lowbit.bits import Codes, pack, packed_size, unpack
+from lowbit.files import write_atomic
 from lowbit.graph import Graph, GraphError, Node, Tensor
 
 FORMAT: Final = 1
@@ -37,22 +37,10 @@ def save(graph: Graph, path: str | os.PathLike[str]) -> int:
         FileError: the file can't be written.
     """
     data = dumps(graph)
-    target = Path(path)
-    temporary = ""
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as f:
-            temporary = f.name
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(target)
+        write_atomic(path, data)
     except OSError as e:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise FileError(f"{target}: can't be written: {e.strerror or e}") from None
+        raise FileError(f"{os.fspath(path)}: can't be written: {e.strerror or e}") from None
     return len(data)
 
 

@@ -1,0 +1,138 @@
+"""export: a finished run -> a .lowbit file, with the proof that it is the network that was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import lowbit
+from lowbit.files import write_atomic
+from lowbit.graph import Graph
+from lowbit.packfile import FileError, dumps
+from lowbit.train.data import ImageData
+from lowbit.train.freeze import freeze
+from lowbit.train.models import build_model
+from lowbit.train.proof import Proof, prove
+from lowbit.train.recipe import Recipe
+from lowbit.train.rundir import InputSpec, read_run, write_json
+from lowbit.train.trainer import load_data, load_run
+
+MIN_INPUTS = 500
+
+
+class ExportError(ValueError):
+    """The proof failed: what was frozen is not what was trained. The message says where they part."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export_run` wrote.
+
+    Attributes:
+        path: the file.
+        graph: what is in it.
+        proof: see `lowbit.train.proof`.
+        file_bytes: its size.
+        float_bytes: 4 bytes for every parameter of the float32 network of the same recipe.
+    """
+
+    path: Path
+    graph: Graph = field(repr=False)
+    proof: Proof
+    file_bytes: int
+    float_bytes: int
+
+
+def export_run(
+    run_dir: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    inputs: int = 512,
+    data: ImageData | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Export:
+    """Freeze a finished run into a file, load that file into the engine and prove the two equal; then give it its name.
+
+    Interpreter and engine are compared on validation images, decisions over the whole test set, which is read once, here.
+
+    Args:
+        run_dir: the run.
+        output: the file; `run_dir`/model.lowbit by default. `run_dir`/proof.json is written either way.
+        inputs: validation images to compare interpreter, engine and training graph on, at least 500.
+        data: the run's data set; by default the recipe's own.
+        on_progress: called with (stage, done, total).
+
+    Raises:
+        ExportError: the proof does not hold (proof.json says more; no file is written).
+        RunError, DataError, FreezeError, FileError: see there.
+    """
+    if inputs < MIN_INPUTS:
+        raise ExportError(f"the proof needs at least {MIN_INPUTS} inputs, not {inputs}")
+    run_dir = Path(run_dir)
+    path = Path(output) if output is not None else run_dir / "model.lowbit"
+    if not path.parent.is_dir():
+        raise FileError(f"{path}: there is no directory {path.parent}")
+    recipe, model = load_run(run_dir)
+    run = read_run(run_dir)
+    data = data or load_data(recipe)
+    spec = InputSpec.from_json(run["input"])
+    graph = freeze(model, data.val_x[:1], meta=_meta(recipe, spec, run))
+
+    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
+        # the engine that is proved loads the very bytes that will be the file
+        content = dumps(graph)
+        trial = Path(folder) / "model.lowbit"
+        trial.write_bytes(content)
+        engine = lowbit.load(trial)
+        probe = _probe(data, inputs)
+        proof = prove(model, graph, engine, probe, (data.test_x, data.test_y), on_progress)
+    float_bytes = 4 * sum(p.numel() for p in _float_twin(recipe, spec).parameters())
+    write_json(
+        run_dir / "proof.json", {**proof.as_dict(), "file_bytes": len(content), "float_bytes": float_bytes}
+    )
+    failures = proof.failures()
+    if failures:
+        raise ExportError(f"{run_dir}: the exported network is not the one that was trained: {'; '.join(failures)}")
+    try:
+        write_atomic(path, content)
+    except OSError as e:
+        raise FileError(f"{path}: can't be written: {e.strerror or e}") from None
+    return Export(path, graph, proof, len(content), float_bytes)
+
+
+def _probe(data: ImageData, count: int) -> Any:
+    for images in (data.val_x, data.train_x):
+        if len(images) >= count:
+            return images[:count]
+    raise ExportError(f"the proof needs {count} images, but the data set has fewer to validate or train on")
+
+
+def _meta(recipe: Recipe, spec: InputSpec, run: dict[str, Any]) -> dict[str, Any]:
+    meta = {
+        "task": recipe.task,
+        "classes": list(spec.classes),
+        "image": {"height": spec.height, "width": spec.width, "channels": spec.channels},
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "epochs": run["epochs_done"],
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(meta))
+    return plain
+
+
+def _float_twin(recipe: Recipe, spec: InputSpec) -> nn.Module:
+    """The float network of the same recipe, for its size."""
+    return build_model(
+        recipe.model.name,
+        classes=len(spec.classes),
+        in_channels=spec.channels,
+        image_size=spec.height,
+        **recipe.model.arguments,
+    )

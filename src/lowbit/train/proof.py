@@ -1,0 +1,252 @@
+"""The proof that ends every export: interpreter against engine, training graph against engine, on real inputs.
+
+Three questions, from hard to soft (docs/OPS.md says why the first has no tolerance and the others a bound):
+
+1. Does any value that the engine's fused plan materialises differ from the interpreter's, in any bit? Must be 0.
+2. *Root flips*: with every layer fed the training graph's own inputs, how many activation codes does the Graph give
+   otherwise than the training graph? What differs is batch norm's rounding; at most 1 in 10^6.
+3. Left to run, how many decisions (argmax) change? At most 2 in 10,000. Codes that differ by then are counted as cascaded flips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lowbit import interpreter
+from lowbit.graph import Graph
+from lowbit.runtime import Engine
+from lowbit.train.layers import PixelInput, QuantLayer, Residual
+
+ROOT_FLIP_BOUND = 1e-6
+DECISION_BOUND = 2e-4
+_BATCH = 64
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Proof:
+    """What was compared, and what differed.
+
+    Attributes:
+        inputs: inputs on which interpreter and engine were compared.
+        integers, integers_differ: integer values compared (codes, accumulators, bits of float outputs); those that differ.
+        first_difference: name of the first value that differs, or None.
+        root_inputs, root_activations, root_flips: see the module; `root_by_layer` holds the layers with flips.
+        cascaded_flips: codes that differ on `root_inputs` inputs when nothing is corrected.
+        decisions, decisions_changed: argmax of training graph and engine.
+        accuracy_training, accuracy_engine: on the labelled inputs, or None without labels.
+        isa: the engine's instruction set.
+    """
+
+    inputs: int = 0
+    integers: int = 0
+    integers_differ: int = 0
+    first_difference: str | None = None
+    root_inputs: int = 0
+    root_activations: int = 0
+    root_flips: int = 0
+    root_by_layer: dict[str, int] = field(default_factory=dict)
+    cascaded_flips: int = 0
+    decisions: int = 0
+    decisions_changed: int = 0
+    accuracy_training: float | None = None
+    accuracy_engine: float | None = None
+    isa: str = ""
+
+    @property
+    def root_flip_rate(self) -> float:
+        """Root flips per activation."""
+        return self.root_flips / max(self.root_activations, 1)
+
+    def failures(self) -> list[str]:
+        """What is beyond its bound, one sentence each; empty where the proof holds."""
+        found = []
+        if self.integers_differ:
+            found.append(
+                f"{self.integers_differ} of {self.integers} integers differ between interpreter and engine ({self.isa}), "
+                f"first in {self.first_difference}"
+            )
+        if self.root_flips > ROOT_FLIP_BOUND * self.root_activations:
+            worst = max(self.root_by_layer, key=lambda k: self.root_by_layer[k])
+            found.append(
+                f"{self.root_flips} root flips in {self.root_activations} activations against the training graph "
+                f"(bound {ROOT_FLIP_BOUND:g} of them), most in {worst}"
+            )
+        if self.decisions_changed > DECISION_BOUND * self.decisions:
+            found.append(
+                f"{self.decisions_changed} of {self.decisions} decisions changed against the training graph "
+                f"(bound {DECISION_BOUND:g} of them)"
+            )
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {**asdict(self), "root_flip_rate": self.root_flip_rate, "failures": self.failures()}
+
+
+def prove(
+    model: nn.Module,
+    graph: Graph,
+    engine: Engine,
+    inputs: Tensor,
+    test: tuple[Tensor, Tensor | None] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Proof:
+    """Compare interpreter, engine and training graph.
+
+    Args:
+        model: the prepared network in evaluation, which `graph` was frozen from.
+        graph, engine: the Graph and an engine that loaded it from its file.
+        inputs: at least 500 real inputs, as the model takes them (NCHW or (N, C)).
+        test: inputs to compare decisions on, with labels where there are any; None takes `inputs`.
+        on_progress: called with (stage, done, total).
+
+    Returns:
+        The Proof; `Proof.failures` tells whether it holds.
+    """
+    proof = Proof(isa=engine.isa)
+    report = on_progress or (lambda *_: None)
+    for start in range(0, len(inputs), _BATCH):
+        batch = inputs[start : start + _BATCH]
+        _compare_engine(proof, graph, engine, to_numpy(batch))
+        _compare_training(proof, model, graph, engine, batch)
+        report("interpreter against engine", min(start + _BATCH, len(inputs)), len(inputs))
+    x, labels = test if test is not None else (inputs, None)
+    right_training = right_engine = 0
+    for start in range(0, len(x), 500):
+        batch = x[start : start + 500]
+        with torch.no_grad():
+            ours = model(batch).float().cpu().numpy().reshape(len(batch), -1).argmax(axis=1)
+        theirs = np.asarray(engine(to_numpy(batch))).reshape(len(batch), -1).argmax(axis=1)
+        proof.decisions += len(batch)
+        proof.decisions_changed += int((ours != theirs).sum())
+        if labels is not None:
+            truth = labels[start : start + 500].cpu().numpy()
+            right_training += int((ours == truth).sum())
+            right_engine += int((theirs == truth).sum())
+        report("decisions", min(start + 500, len(x)), len(x))
+    if labels is not None:
+        proof.accuracy_training = right_training / proof.decisions
+        proof.accuracy_engine = right_engine / proof.decisions
+    return proof
+
+
+def to_numpy(x: Tensor) -> Array:
+    """A batch as the engine takes it: NHWC, C-contiguous, uint8 or float32."""
+    x = x.detach().cpu()
+    if x.ndim == 4:
+        x = x.permute(0, 2, 3, 1)
+    out: Array = np.ascontiguousarray(x.numpy())
+    return out
+
+
+def _bits(x: Array) -> Array:
+    """Floats as the integers of their bits, so that equal means equal."""
+    kinds = {np.dtype(np.float32): np.int32, np.dtype(np.float16): np.int16}
+    return x.view(kinds[x.dtype]) if x.dtype in kinds else x
+
+
+def _compare_engine(proof: Proof, graph: Graph, engine: Engine, x: Array) -> None:
+    _, expected = interpreter.run(graph, x, trace=True)
+    _, actual = engine.run(x, trace=True)
+    missing = [n.name for n in graph.nodes if n.op == "quantize" and n.name not in actual]
+    if missing or graph.output.name not in actual:
+        raise RuntimeError(f"the engine's trace lacks {', '.join(missing) or 'the output'}")
+    for node in graph.nodes:
+        if node.op == "input" or node.name not in actual:
+            continue
+        ours, theirs = expected[node.name], actual[node.name]
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise RuntimeError(f"{node.name}: {ours.dtype}{ours.shape} in the interpreter, {theirs.dtype}{theirs.shape} in the engine")
+        differ = int((_bits(np.ascontiguousarray(ours)) != _bits(np.ascontiguousarray(theirs))).sum())
+        proof.integers += ours.size
+        proof.integers_differ += differ
+        if differ and proof.first_difference is None:
+            proof.first_difference = node.name
+    proof.inputs += len(x)
+
+
+@contextmanager
+def _recorded(model: nn.Module) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
+    """The training graph's own codes by quantize node's name, and its residual streams by node's name."""
+    codes: dict[str, Array] = {}
+    streams: dict[str, Array] = {}
+
+    def key(wish: str, into: dict[str, Array]) -> str:
+        name, n = wish, 2
+        while name in into:
+            name, n = f"{wish}_{n}", n + 1
+        return name
+
+    def layer_hook(name: str) -> Callable[..., None]:
+        def hook(module: QuantLayer, args: tuple[Tensor, ...]) -> None:
+            assert module.input_quantizer is not None
+            codes[key(f"{name}.quantize", codes)] = to_numpy(module.input_quantizer.encode(args[0])).astype(np.int16)
+
+        return hook
+
+    def stream_hook(name: str) -> Callable[..., None]:
+        def hook(module: Residual, args: tuple[Tensor, ...], out: Tensor) -> None:
+            value = to_numpy(out)
+            if module.dtype == "float16":
+                streams[key(name, streams)] = value.astype(np.float16)
+            elif len(args) == 2:
+                streams[key(f"{name}.add", streams)] = value
+
+        return hook
+
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer) and module.input_quantizer is not None:
+            if not isinstance(module.input_quantizer, PixelInput):
+                handles.append(module.register_forward_pre_hook(layer_hook(name)))
+        elif isinstance(module, Residual):
+            handles.append(module.register_forward_hook(stream_hook(name)))
+    try:
+        yield codes, streams
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _compare_training(proof: Proof, model: nn.Module, graph: Graph, engine: Engine, batch: Tensor) -> None:
+    with _recorded(model) as (codes, streams), torch.no_grad():
+        model(batch)
+    nodes = {n.name: n for n in graph.nodes}
+    readers: dict[str, list[str]] = {}
+    for name in codes:
+        if name in nodes:  # two layers may share one quantize
+            readers.setdefault(nodes[name].inputs[0], []).append(name)
+
+    def count(name: str, ours: Array) -> None:
+        flips = int((ours != codes[name].reshape(ours.shape)).sum())
+        proof.root_activations += ours.size
+        proof.root_flips += flips
+        if flips:
+            proof.root_by_layer[name] = proof.root_by_layer.get(name, 0) + flips
+
+    def replace(name: str, value: Array) -> Array:
+        if name in streams:
+            # the next layers see the training graph's stream, but a code that this node's own rounding turns is its root flip
+            for reader in readers.get(name, ()):
+                count(reader, interpreter.RULES["quantize"](nodes[reader], [value], {}, []))
+            return streams[name]
+        if name in codes:
+            if nodes[name].inputs[0] not in streams:
+                count(name, value)
+            return codes[name].reshape(value.shape)
+        return value
+
+    x = to_numpy(batch)
+    interpreter.run(graph, x, replace=replace)
+    _, free = engine.run(x, trace=True)
+    proof.cascaded_flips += sum(int((free[n] != codes[n].reshape(free[n].shape)).sum()) for n in codes if n in free)
+    proof.root_inputs += len(batch)
