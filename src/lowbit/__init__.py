@@ -10,10 +10,10 @@ Training lives in `lowbit.train` (the extra ``lowbit[train]``).
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from lowbit.bits import Codes
     from lowbit.graph import Graph, GraphError, Node, Tensor
     from lowbit.packfile import FileError, read, save
@@ -33,10 +33,13 @@ _HOME = {
 }
 
 __all__ = ["Codes", "Engine", "FileError", "Graph", "GraphError", "Node", "Tensor", "__version__", "load", "read", "save"]
-__version__ = _version("lowbit")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("lowbit")
     if name not in _HOME:
         raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
