@@ -1,0 +1,605 @@
+"""Train a recipe: Lightning's loop, our schedule, calibration, checkpoints and run directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor, nn
+
+from lowbit.train.batchnorm import calibrate_batchnorm, update_state_batchnorm
+from lowbit.train.data import DATASETS, Augment, Batches, ImageData
+from lowbit.train.layers import Pixels
+from lowbit.train.models import build_model
+from lowbit.train.prepare import FlipCounter, auxiliary_loss, parameter_groups, prepare, weight_statistics
+from lowbit.train.recipe import Recipe, RecipeError, differing_keys, load_recipe
+from lowbit.train.rundir import (
+    FORMAT,
+    InputSpec,
+    RunError,
+    machine,
+    now,
+    read_metrics,
+    read_run,
+    versions,
+    write_checkpoint,
+    write_json,
+    write_metrics,
+    write_text,
+)
+from lowbit.train.schedule import Schedule
+from lowbit.train.tasks import TASKS, Task
+
+__all__ = ["RunResult", "build_network", "evaluate", "load_data", "load_run", "train"]
+
+GAP_LIMIT = 0.01
+"""Above this mean |W_c - W_q| at the end, the network that was trained is not the one that is kept."""
+
+_log = logging.getLogger("lowbit.train")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What ``train`` gives back: where the run lies, the network (calibrated, hard, in eval mode), its ``run.json``."""
+
+    run_dir: Path
+    model: nn.Module = field(repr=False)
+    run: dict[str, Any]
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """``run.json``'s results."""
+        return self.run["results"]  # type: ignore[no-any-return]
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+def load_data(recipe: Recipe) -> ImageData:
+    """The recipe's data set; images are read when they are first used.
+
+    Raises:
+        DataError: it is missing or broken.
+    """
+    return DATASETS.get(recipe.data.name)(root=recipe.data.root, **recipe.data.arguments)
+
+
+def build_network(recipe: Recipe, spec: InputSpec, start: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The recipe's network for an input, prepared; the same for the same recipe.
+
+    Args:
+        recipe: what to build.
+        spec: the input it reads and the classes it answers.
+        start: float weights to start from, by name; None for random ones drawn with the recipe's seed.
+
+    Raises:
+        RecipeError: the model or the quantization can't be built.
+    """
+    q = recipe.quantize
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            model = build_model(
+                recipe.model.name,
+                classes=len(spec.classes),
+                in_channels=spec.channels,
+                image_size=spec.height,
+                **recipe.model.arguments,
+            )
+            if start is not None:
+                _load_float(model, start)
+            return prepare(
+                model,
+                method=q.method,
+                weight_bits=q.weight_bits,
+                activation_bits=q.activation_bits,
+                activation=q.activation,
+                edges=q.edges,
+                image=Pixels(zero_point=spec.zero_point, scale=spec.scale),
+                residual_dtype=q.residual_dtype,
+                state_batchnorm=q.state_batchnorm,
+                skip=q.skip,
+                overrides=q.overrides,
+                options=q.options,
+                activation_options=q.activation_options,
+            )
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{recipe.name}: {error}") from error
+
+
+def _load_float(model: nn.Module, start: Mapping[str, Tensor]) -> None:
+    own = model.state_dict()
+    missing = [key for key in own if key not in start or start[key].shape != own[key].shape]
+    if missing:
+        raise ValueError(f"train.float_init lacks {missing[0]!r} in the shape of this model ({len(missing)} missing)")
+    model.load_state_dict({key: start[key] for key in own})
+
+
+def _float_start(recipe: Recipe) -> dict[str, Tensor] | None:
+    path = recipe.train.float_init
+    if path is None:
+        return None
+    place = Path(path).expanduser()
+    if place.is_dir():
+        place = place / "checkpoints" / "final.ckpt"
+    tree = _load_checkpoint(place, "train.float_init")
+    method = tree.get("recipe", {}).get("quantize", {}).get("method", "float")
+    if method != "float":
+        raise RecipeError(f"train.float_init: {place} holds a network of method {method!r}, a float one is needed")
+    return tree["state_dict"]  # type: ignore[no-any-return]
+
+
+def _load_checkpoint(path: Path, what: str) -> dict[str, Any]:
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RunError(f"{what}: {path} is not there") from None
+    except Exception as error:
+        raise RunError(f"{what}: {path} is not a checkpoint ({type(error).__name__}); it may be cut short") from None
+    if not isinstance(tree, dict) or "state_dict" not in tree:
+        raise RunError(f"{what}: {path} holds no network")
+    return tree
+
+
+def _task(recipe: Recipe, spec: InputSpec) -> Task:
+    return TASKS.get(recipe.task)(classes=len(spec.classes), label_smoothing=recipe.train.label_smoothing)  # type: ignore[call-arg]
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+def evaluate(
+    model: nn.Module, recipe: Recipe, spec: InputSpec, x: Tensor, y: Tensor, batch_size: int | None = None
+) -> Mapping[str, Any]:
+    """Evaluate the hard network as it is (its BN statistics must be calibrated already); its mode is left as it was."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        return _task(recipe, spec).evaluate(model, x, y, batch_size or recipe.train.eval_batch_size)
+    finally:
+        for module, training in reversed(modes):
+            module.train(training)
+
+
+def _calibrate(model: nn.Module, recipe: Recipe, x: Tensor) -> None:
+    """BN statistics of the hard network, on clean images; the two-statistics state BN keeps its own."""
+    if recipe.quantize.state_batchnorm:
+        return
+    device = next(model.parameters()).device
+    calibrate_batchnorm(model, (batch.to(device) for batch in torch.split(x, recipe.train.eval_batch_size)))
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+def _lr_factor(recipe: Recipe, steps_per_epoch: int, step: int) -> float:
+    """What the learning rate is multiplied with at a step."""
+    t = recipe.train
+    total, warm = t.epochs * steps_per_epoch, t.warmup * steps_per_epoch
+    factor = 1.0
+    if t.lr_schedule == "cosine":
+        u = (step - warm) / max(total - warm, 1)
+        factor = 0.5 * (1 + math.cos(math.pi * min(max(u, 0.0), 1.0)))
+    elif t.lr_schedule == "step":
+        factor = t.gamma ** sum(step >= m * steps_per_epoch for m in t.milestones)
+    return min(factor, (step + 1) / warm) if step < warm else factor
+
+
+class _Module(L.LightningModule):
+    """One step, one epoch's end; everything else is Lightning's."""
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, task: Task, data: ImageData, calibration: Tensor, run_dir: Path
+    ) -> None:
+        super().__init__()
+        self.model, self.recipe, self.task = model, recipe, task
+        self._data, self._calibration, self._run_dir = data, calibration, run_dir
+        self.steps_per_epoch = 1
+        self.schedule: Schedule | None = None
+        self.flips = FlipCounter(model)
+        self.rows: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        self._state_bn = recipe.quantize.state_batchnorm
+        self._channels_last = recipe.train.channels_last
+        self._by_step = recipe.schedule.every == "step"
+
+    def configure_optimizers(self) -> Any:
+        t = self.recipe.train
+        groups = parameter_groups(
+            self.model,
+            lr=t.lr,
+            weight_decay=t.weight_decay,
+            latent_lr_scale=t.latent_lr_scale,
+            latent_weight_decay=t.latent_weight_decay,
+        )
+        # clipping scales gradients before the step; one fused kernel a group is the fastest on CPU and GPU
+        optimizer: torch.optim.Optimizer
+        if t.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=t.lr, momentum=t.momentum, fused=True)
+        elif t.optimizer == "adam":
+            optimizer = torch.optim.Adam(groups, lr=t.lr, fused=True)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=t.lr, fused=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: _lr_factor(self.recipe, self.steps_per_epoch, step)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        s, t = self.recipe.schedule, self.recipe.train
+        total = t.epochs * (self.steps_per_epoch if self._by_step else 1)
+        self.schedule = Schedule(
+            self.model, total_steps=total, every=s.every, growth=s.growth, kind=s.kind, start=s.start, end=s.end
+        )
+
+    def on_train_epoch_start(self) -> None:
+        # a network with random parts of its own draws the same numbers whether it was resumed or not
+        state = np.random.SeedSequence((self.recipe.seed, self.current_epoch)).generate_state(1)[0]
+        torch.manual_seed(int(state))
+        self.model.train()
+        self._loss = torch.zeros((), device=self.device)
+        self._score = torch.zeros((), device=self.device)
+        self._images = 0
+        self._clock = time.perf_counter()
+        if not self._by_step and self.schedule is not None:
+            self.schedule.step(self.current_epoch)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        if self._by_step and self.schedule is not None:
+            self.schedule.step(self.global_step)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+        x, y = batch
+        if self._channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        outputs = self.model(x)
+        loss = self.task.loss(outputs, y)
+        self._loss += loss.detach()
+        self._score += self.task.score(outputs, y)
+        self._images += len(y)
+        if self._state_bn:
+            update_state_batchnorm(self.model, x)
+        return loss + auxiliary_loss(self.model)
+
+    def on_train_epoch_end(self) -> None:
+        seconds = time.perf_counter() - self._clock
+        recipe, metric, epoch = self.recipe, self.task.metric, self.current_epoch
+        weights = weight_statistics(self.model)
+        steps = self.steps_per_epoch
+        row: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "step": self.global_step,
+            "lr": recipe.train.lr * _lr_factor(recipe, steps, self.global_step - 1),
+            "train_loss": float(self._loss) / steps,
+            f"train_{metric}": float(self._score) / max(self._images, 1),
+            "gap": weights.gap,
+            "temperature": weights.temperature,
+            **self.flips.update(),
+            "images_per_second": self._images / seconds,
+            "seconds": seconds,
+        }
+        if not math.isfinite(row["train_loss"]):
+            raise RunError(f"epoch {epoch + 1}: the training loss is {row['train_loss']}; try a lower train.lr")
+        last = epoch + 1 == recipe.train.epochs
+        if not recipe.train.final and (last or (epoch + 1) % recipe.train.validate_every == 0):
+            _calibrate(self.model, recipe, self._calibration)
+            found = self._evaluate(self._data.val_x, self._data.val_y)
+            row["val_loss"], row[f"val_{metric}"] = found["loss"], found[metric]
+            if not self.best or found[metric] > self.best[metric]:
+                self.best = {"epoch": epoch + 1, **found}
+                write_checkpoint(
+                    self._run_dir / "checkpoints" / "best.ckpt", _network_checkpoint(self.model, recipe, epoch + 1)
+                )
+        self.rows.append(row)
+        write_metrics(self._run_dir / "metrics.csv", self.rows, metric)
+        shown = {k: v for k, v in row.items() if v is not None and k not in ("epoch", "step")}
+        if self.logger is not None:
+            self.logger.log_metrics(shown, step=epoch + 1)
+        for key in (f"val_{metric}", "gap"):
+            if key in shown:
+                self.log(key, shown[key], prog_bar=True, logger=False)
+        val = f", val {row[f'val_{metric}']:.4f}" if f"val_{metric}" in row else ""
+        _log.info(
+            "epoch %d/%d: loss %.4f, train %s %.4f%s, gap %.4f, flips %.4f, %.0f images/s",
+            epoch + 1,
+            recipe.train.epochs,
+            row["train_loss"],
+            metric,
+            row[f"train_{metric}"],
+            val,
+            row["gap"],
+            row["flips_start"],
+            row["images_per_second"],
+        )
+
+    def _evaluate(self, x: Tensor, y: Tensor) -> Mapping[str, Any]:
+        self.model.eval()
+        try:
+            return self.task.evaluate(self.model, x, y, self.recipe.train.eval_batch_size)
+        finally:
+            self.model.train()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lowbit"] = {"flips": self.flips.state_dict(), "rows": self.rows, "best": self.best}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = checkpoint["lowbit"]
+        self.flips.load_state_dict(own["flips"])
+        self.rows, self.best = own["rows"], own["best"]
+
+
+def _network_checkpoint(model: nn.Module, recipe: Recipe, epoch: int) -> dict[str, Any]:
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    return {"state_dict": state, "recipe": recipe.plain(), "epoch": epoch}
+
+
+# ------------------------------------------------------------------------------------------------ a run
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Without Lightning's tips and notes on hardware; warnings of the network's own stay."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _device(recipe: Recipe) -> str:
+    wanted = recipe.train.device
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise RecipeError("train.device: gpu, but PyTorch finds none here; use auto or cpu")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _claim(run_dir: Path, recipe: Recipe, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """Check that the directory may be used; the run.json that is resumed, or None. Nothing is written here."""
+    if resume and overwrite:
+        raise RunError("resume and overwrite exclude each other")
+    if resume:
+        run = read_run(run_dir)
+        if run["status"] == "finished":
+            raise RunError(f"{run_dir}: this run is finished; there is nothing to resume")
+        keys = differing_keys(recipe, load_recipe(run_dir / "recipe.yaml"))
+        if keys:
+            raise RunError(f"{run_dir}: was started from another recipe; it differs in {', '.join(keys)}")
+        return run
+    if run_dir.exists() and not run_dir.is_dir():
+        raise RunError(f"{run_dir}: is a file, not a directory")
+    if run_dir.is_dir() and any(run_dir.iterdir()):
+        if not overwrite:
+            raise RunError(f"{run_dir}: is not empty; choose another directory, resume it, or overwrite it")
+        if not (run_dir / "run.json").is_file():
+            raise RunError(f"{run_dir}: is not empty and not a run directory; it is not overwritten")
+    return None
+
+
+def train(
+    recipe: Recipe,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    test: bool = False,
+    progress: bool | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
+    """Train a recipe into a run directory.
+
+    Before every evaluation BN is calibrated with hard weights on clean training images. Without ``train.final``
+    the best network on the held-out images is kept, with it the last one, trained on all images. Same recipe, machine
+    and number of threads give the same network, whether the run was interrupted or not.
+
+    The run directory holds ``recipe.yaml``, ``run.json``, ``metrics.csv``, ``tensorboard/`` and ``checkpoints/`` with
+    ``last.ckpt`` (for a resume), ``best.ckpt`` (not with ``train.final``) and ``final.ckpt``. Keys of ``run.json``:
+    ``format, name, status ("running" | "finished" | "failed"), error, seed, started, finished, wall_seconds, resumed,
+    versions, machine, input, task, metric, parameters, epochs, epochs_done, warnings, results``.
+    ``results`` is null until the end, then ``selected_epoch, gap, temperature, flips_start, train_seconds,
+    images_per_second, validation, test``; the last two are null or ``{accuracy, loss, images, confusion}``.
+
+    Args:
+        recipe: what to train.
+        run_dir: where; must be empty or new.
+        resume: go on with the unfinished run that lies there, from its last whole epoch.
+        overwrite: replace the run that lies there.
+        test: evaluate the final network on the test images, once, at the end.
+        progress: show a progress bar; by default where standard error is a terminal.
+        callbacks: Lightning callbacks to add.
+
+    Raises:
+        RecipeError: the recipe can't be built. DataError: the data is missing or broken. RunError: the directory can't
+        be used, or the loss is not finite. Up to there nothing was written.
+    """
+    run_dir = Path(run_dir)
+    before = _claim(run_dir, recipe, resume, overwrite)
+    device = _device(recipe)
+    data = load_data(recipe)
+    spec = InputSpec.of(data)
+    model = build_network(recipe, spec, _float_start(recipe))
+    t = recipe.train
+    x, y = (data.full_x, data.full_y) if t.final else (data.train_x, data.train_y)
+    augment = Augment(recipe.data.augment.crop, recipe.data.augment.flip)
+    try:
+        batches = Batches(x, y, t.batch_size, recipe.seed, augment, data.zero_point)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: train.{error}") from None
+    calibration = data.train_x[: t.calibration_images or max(len(data.val_x), t.eval_batch_size)]
+    task = _task(recipe, spec)
+
+    if overwrite and run_dir.is_dir():
+        shutil.rmtree(run_dir)
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / "recipe.yaml", recipe.to_yaml())
+    run: dict[str, Any] = before or {
+        "format": FORMAT,
+        "name": recipe.name,
+        "status": "running",
+        "error": None,
+        "seed": recipe.seed,
+        "started": now(),
+        "finished": None,
+        "wall_seconds": 0.0,
+        "resumed": 0,
+        "versions": versions(),
+        "machine": machine(device),
+        "input": spec.to_json(),
+        "task": recipe.task,
+        "metric": task.metric,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "epochs": t.epochs,
+        "epochs_done": 0,
+        "warnings": [],
+        "results": None,
+    }
+    if before:
+        run |= {"status": "running", "error": None, "finished": None, "resumed": before["resumed"] + 1}
+    write_json(run_dir / "run.json", run)
+    already, clock = float(run["wall_seconds"]), time.perf_counter()
+
+    def close(status: str, error: str | None = None) -> None:
+        run.update(
+            status=status,
+            error=error,
+            finished=now(),
+            wall_seconds=round(already + time.perf_counter() - clock, 3),
+            epochs_done=len(read_metrics(run_dir)),
+        )
+        write_json(run_dir / "run.json", run)
+
+    try:
+        module = _Module(model, recipe, task, data, calibration, run_dir)
+        last = run_dir / "checkpoints" / "last.ckpt"
+        _fit(module, batches, device, progress, callbacks, last if resume and last.is_file() else None)
+        run["results"] = _finish(module, data, calibration, test, run["warnings"])
+        close("finished")
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        close("failed", "interrupted" if stopped else f"{type(error).__name__}: {error}")
+        raise
+    return RunResult(run_dir, model, json.loads(json.dumps(run)))
+
+
+def _fit(
+    module: _Module,
+    batches: Batches,
+    device: str,
+    progress: bool | None,
+    callbacks: Sequence[Callback],
+    checkpoint: Path | None,
+) -> None:
+    t, run_dir = module.recipe.train, module._run_dir
+    module.steps_per_epoch = len(batches)
+    if t.channels_last:
+        for parameter in module.model.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    bar = sys.stderr.isatty() if progress is None else progress
+    extra: list[Callback] = [
+        ModelCheckpoint(
+            run_dir / "checkpoints",
+            filename="last",
+            every_n_epochs=1,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+    ]
+    if bar:
+        extra.append(TQDMProgressBar(refresh_rate=20))
+    with _quiet_lightning():
+        trainer = L.Trainer(
+            accelerator="gpu" if device == "cuda" else "cpu",
+            devices=1,
+            precision="bf16-mixed" if t.precision == "bf16" else "32-true",
+            max_epochs=t.epochs,
+            gradient_clip_val=t.grad_clip,
+            logger=TensorBoardLogger(run_dir / "tensorboard", name="", version=""),
+            callbacks=[*callbacks, *extra],
+            enable_progress_bar=bar,
+            enable_model_summary=False,
+            log_every_n_steps=max(len(batches), 1),
+            num_sanity_val_steps=0,
+            default_root_dir=run_dir,
+        )
+        trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+
+
+def _finish(module: _Module, data: ImageData, calibration: Tensor, test: bool, notes: list[str]) -> dict[str, Any]:
+    """Choose, calibrate, evaluate, write final.ckpt; the results."""
+    model, recipe, run_dir = module.model, module.recipe, module._run_dir
+    last = module.rows[-1]
+    if last["temperature"] is not None and last["gap"] >= GAP_LIMIT:
+        note = (
+            f"the soft weights end {last['gap']:.3f} away from the hard ones (mean |W_c - W_q|, should be below "
+            f"{GAP_LIMIT}): raise schedule.growth or train longer"
+        )
+        notes.append(note)
+        _log.warning(note)
+    selected = int(last["epoch"])
+    if not recipe.train.final:
+        best = _load_checkpoint(run_dir / "checkpoints" / "best.ckpt", "best network")
+        model.load_state_dict(best["state_dict"])
+        selected = int(best["epoch"])
+    _calibrate(model, recipe, calibration)
+    model.eval()
+    size = recipe.train.eval_batch_size
+    validation = None if recipe.train.final else module.task.evaluate(model, data.val_x, data.val_y, size)
+    tested = module.task.evaluate(model, data.test_x, data.test_y, size) if test else None
+    write_checkpoint(run_dir / "checkpoints" / "final.ckpt", _network_checkpoint(model, recipe, selected))
+    seconds = sum(row["seconds"] for row in module.rows)
+    return {
+        "selected_epoch": selected,
+        "gap": last["gap"],
+        "temperature": last["temperature"],
+        "flips_start": last["flips_start"],
+        "train_seconds": round(seconds, 3),
+        "images_per_second": float(np.median([row["images_per_second"] for row in module.rows])),
+        "validation": validation,
+        "test": tested,
+    }
+
+
+def load_run(run_dir: str | Path) -> tuple[Recipe, nn.Module]:
+    """The recipe and the final network of a finished run: calibrated, hard, in eval mode, on the CPU.
+
+    Raises:
+        RunError: no run directory, an unfinished or failed run, a broken checkpoint.
+    """
+    run_dir = Path(run_dir)
+    run = read_run(run_dir)
+    if run["status"] != "finished":
+        why = f" ({run['error']})" if run.get("error") else ""
+        raise RunError(
+            f"{run_dir}: this run has not finished: it is {run['status']}{why} after {run['epochs_done']} of "
+            f"{run['epochs']} epochs; resume it first"
+        )
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    model = build_network(recipe, InputSpec.from_json(run["input"]))
+    tree = _load_checkpoint(run_dir / "checkpoints" / "final.ckpt", str(run_dir))
+    try:
+        model.load_state_dict(tree["state_dict"])
+    except RuntimeError as error:
+        raise RunError(f"{run_dir}: final.ckpt does not fit the recipe ({str(error).splitlines()[0]})") from None
+    return recipe, model.eval()
