@@ -1,0 +1,71 @@
+# Every target starts from a bare checkout: it makes .venv, installs, builds the engine, fetches data, and runs.
+# A second run repeats nothing that is there.
+#
+#   make PIP_ARGS="--extra-index-url ..."   passes more arguments to pip, for another build of torch, say
+#   make PYTHON=python3.12                  takes another Python (3.11 or newer)
+
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+RECIPE := recipes/fashion-mnist/bireal14-w1a1-slb-demo.yaml
+DEMO := runs/demo
+ENGINE := CMakeLists.txt $(shell find engine -name '*.cc' -o -name '*.h' -o -name '*.inc' -o -name '*.txt')
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test lint format bench data clean install
+help:
+	@echo "make demo    train a 1-bit network on Fashion-MNIST, export it, prove it, time it (about 8 minutes on 2 cores)"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   the engine beside ONNX Runtime, a training step beside a float one"
+	@echo "make clean   remove what the above made, but for .venv and runs"
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt $(ENGINE)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "lowbit needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt $(PIP_ARGS) scikit-build-core nanobind cmake ninja
+	$(PIP) install -q -c constraints.txt $(PIP_ARGS) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# Debian has the data set as a package; elsewhere, or without the right to install, lowbit downloads it.
+data:
+	@test -e /usr/share/datasets/fashion-mnist/train-images-idx3-ubyte.gz || \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  apt-get install -y -qq dataset-fashion-mnist >/dev/null 2>&1 || \
+	  { apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist >/dev/null; } || true; \
+	fi
+
+demo: $(DEMO)/report.html
+	@$(BIN)/lowbit report $(DEMO) --summary
+
+$(DEMO)/checkpoints/final.ckpt: $(RECIPE) | .venv/.installed data
+	$(BIN)/lowbit train $(RECIPE) --run-dir $(DEMO) --overwrite
+
+$(DEMO)/model.lowbit: $(DEMO)/checkpoints/final.ckpt
+	$(BIN)/lowbit export $(DEMO)
+
+$(DEMO)/bench.json: $(DEMO)/model.lowbit
+	$(BIN)/lowbit bench $(DEMO)/model.lowbit --json $@
+
+$(DEMO)/report.html: $(DEMO)/bench.json
+	$(BIN)/lowbit report $(DEMO)
+
+test: .venv/.installed data
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed
+	$(BIN)/python -m lowbit.bench
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache

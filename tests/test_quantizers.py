@@ -1,0 +1,237 @@
+"""The quantizer contract, over the registries; SLB's gradient against autograd of its formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit.train import Schedule, prepare, published_growth, weight_statistics
+from lowbit.train.layers import PixelInput, Pixels
+from lowbit.train.quantizers import ACTIVATIONS, WEIGHTS
+from lowbit.train.quantizers.slb import SLB
+
+WEIGHT_CASES = [(name, bits) for name in WEIGHTS for bits in WEIGHTS.get(name).allowed_bits]
+ACTIVATION_CASES = [(name, bits) for name in ACTIVATIONS for bits in ACTIVATIONS.get(name).allowed_bits]
+
+
+def numbers(*shape: int) -> torch.Tensor:
+    """Normal numbers, with zeros, -0.0, exact ties and large ones among them."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+    flat = x.view(-1)
+    special = [0.0, -0.0, 0.5, 1.5, 2.5, -0.5, 1.0, -1.0, 1e-30, -1e-30, 100.0, -100.0, 1 / 3, 0.1]
+    flat[: len(special)] = torch.tensor(special)[: len(flat)]
+    return x
+
+
+@pytest.mark.parametrize(("name", "bits"), WEIGHT_CASES)
+@pytest.mark.parametrize("shape", [(8, 3, 3, 3), (5, 17), (1, 1)])
+def test_fake_weights_are_decoded_codes(name: str, bits: int, shape: tuple[int, ...]) -> None:
+    quantizer = WEIGHTS.get(name)(bits)
+    # no ties: a tie has no likeliest value, however sharp (ties are tested below)
+    latent = quantizer.latent(torch.randn(*shape, generator=torch.Generator().manual_seed(3)) + 0.01)
+    quantizer.sharpen()
+    encoded = quantizer.encode(latent)
+    assert torch.equal(quantizer.fake(latent), encoded.decode())
+    assert encoded.codes.shape == torch.Size(shape)
+    if encoded.type is not None:
+        codes = encoded.codes.to(torch.int16)
+        assert torch.equal(codes.float(), encoded.codes)
+        encoded.type.index(codes.numpy())  # raises for an integer outside the type
+        assert encoded.scale.dtype == torch.float32
+        assert encoded.scale.shape in ((), (shape[0],))
+
+
+@pytest.mark.parametrize(("name", "bits"), WEIGHT_CASES)
+def test_weights_have_a_gradient(name: str, bits: int) -> None:
+    quantizer = WEIGHTS.get(name)(bits)
+    latent = quantizer.latent(numbers(4, 3, 3, 3)).requires_grad_()
+    (quantizer.fake(latent) * numbers(4, 3, 3, 3)).sum().backward()
+    assert latent.grad is not None
+    assert latent.grad.isfinite().all()
+    assert latent.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("name", "bits"), ACTIVATION_CASES)
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_fake_activations_are_decoded_codes(name: str, bits: int, size: int) -> None:
+    quantizer = ACTIVATIONS.get(name)(bits)
+    if size:
+        quantizer(numbers(4, max(size // 4, 1)))  # those that measure a range see one
+    quantizer.eval()
+    x = numbers(size)
+    codes = quantizer.encode(x)
+    assert torch.equal(quantizer.fake(x), codes * quantizer.scale)
+    assert torch.equal(codes, codes.round())
+    quantizer.type.index(codes.to(torch.int16).numpy())
+    assert (quantizer.reciprocal is None) == (quantizer.type.kind == "bipolar")
+
+
+@pytest.mark.parametrize(("name", "bits"), ACTIVATION_CASES)
+def test_activations_have_a_gradient_inside_their_range_only(name: str, bits: int) -> None:
+    quantizer = ACTIVATIONS.get(name)(bits)
+    quantizer.eval()
+    x = torch.tensor([0.3, 1e4, -1e4]).requires_grad_()
+    quantizer.fake(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad[0] > 0
+    assert x.grad[1:].tolist() == [0, 0]
+
+
+def test_pixels_are_exact() -> None:
+    quantizer = PixelInput(Pixels((73, 0, 255), 1 / 90))
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    codes = quantizer.encode(x)
+    assert codes[0, 0].flatten().tolist() == [p - 73 for p in range(256)]
+    assert codes[0, 2].min() == -255
+    assert torch.equal(quantizer.fake(x), codes * quantizer.scale)
+    assert (quantizer.type.low, quantizer.type.high) == (-255, 255)
+    with pytest.raises(ValueError, match="zero points for 3"):
+        quantizer.encode(x[:, :1])
+
+
+@pytest.mark.parametrize("name", list(WEIGHTS))
+def test_impossible_weight_bits_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="weight bits, not 3.5"):
+        WEIGHTS.get(name)(3.5)
+
+
+def test_registry_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'slb'"):
+        WEIGHTS.get("slab")
+
+
+def test_minus_zero_is_plus_one() -> None:
+    zero = torch.tensor([0.0, -0.0])
+    assert ACTIVATIONS.get("sign")(1).encode(zero).tolist() == [1, 1]
+    assert WEIGHTS.get("sign")(1).encode(zero.view(2, 1)).codes.flatten().tolist() == [1, 1]
+    assert WEIGHTS.get("slb")(1).encode(zero.view(2, 1)).codes.flatten().tolist() == [1, 1]
+
+
+def test_rounding_is_to_even() -> None:
+    q = ACTIVATIONS.get("dorefa")(2)  # 3 steps: 0.5/3 is a tie between 0 and 1, 1.5/3 between 1 and 2
+    assert q.encode(torch.tensor([0.5, 1.5, 2.5]) / 3).tolist() == [0, 2, 2]
+
+
+# --- SLB ---
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("temperature", [1.0, 37.0])
+def test_slb_gradient_is_the_papers(bits: int, temperature: float) -> None:
+    q = SLB(bits, init="random")
+    q.temperature.fill_(temperature)
+    logits = (q.latent(numbers(6, 5)) * 3).requires_grad_()
+    upstream = numbers(6, 5)
+    (q.fake(logits) * upstream).sum().backward()
+    with torch.no_grad():
+        p = torch.softmax(logits.double() * temperature, dim=0)
+        v = torch.linspace(-1, 1, 2**bits, dtype=torch.float64).view(-1, 1, 1)
+        expected = temperature * p * (v - (p * v).sum(0)) * upstream
+    torch.testing.assert_close(logits.grad, expected.float(), rtol=1e-3, atol=1e-5 * upstream.abs().max().item())
+
+
+@pytest.mark.parametrize(("temperature", "lr"), [(1.0, 0.1), (50.0, 0.001)])
+def test_one_logit_moves_as_two_under_sgd(temperature: float, lr: float) -> None:
+    """b = (A2 - A1) / sqrt 2 with the same learning rate, momentum and weight decay."""
+    torch.manual_seed(0)
+    two = (torch.randn(2, 8, 9) * 0.1).requires_grad_()
+    one = ((two[1] - two[0]).detach() / math.sqrt(2)).requires_grad_()
+    start = one.detach().clone()
+    q = SLB(1)
+    q.temperature.fill_(temperature)
+    settings = {"lr": lr, "momentum": 0.9, "weight_decay": 1e-3}
+    sgd_two, sgd_one = torch.optim.SGD([two], **settings), torch.optim.SGD([one], **settings)
+    for _ in range(50):
+        x, y = torch.randn(16, 9), torch.randn(16, 8)
+        values = torch.tensor([-1.0, 1.0]).view(2, 1, 1)
+        w_two = (torch.softmax(two * temperature, 0) * values).sum(0)
+        for optimiser, w in ((sgd_two, w_two), (sgd_one, q.fake(one))):
+            optimiser.zero_grad()
+            (x @ w.T - y).square().mean().backward()
+            optimiser.step()
+    torch.testing.assert_close(one, (two[1] - two[0]) / math.sqrt(2), rtol=1e-4, atol=3e-5)
+    assert (one.detach() - start).abs().max() > 0.05  # it did move
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_slb_starts_at_the_float_weight(bits: int) -> None:
+    w = numbers(16, 4, 3, 3)
+    q = SLB(bits)
+    encoded = q.encode(q.latent(w))
+    scaled = (w / (2 * w.std(correction=0))).clamp(-1, 1)
+    nearest = torch.from_numpy(encoded.type.values.copy()).float() / (2**bits - 1)
+    distance = (scaled.unsqueeze(-1) - nearest).abs()
+    chosen = (scaled - encoded.decode()).abs()
+    assert torch.all(chosen <= distance.amin(-1) + 1e-6)
+
+
+def test_slb_one_bit_logits_have_the_published_spread() -> None:
+    w = torch.randn(64, 32, 3, 3)
+    for init in ("weights", "random"):
+        assert SLB(1, init=init).latent(w).std() == pytest.approx(math.sqrt(2 / (32 * 9)), rel=0.05)
+
+
+def test_slb_ties_go_to_the_larger_value() -> None:
+    q = SLB(2)
+    logits = torch.zeros(4, 1, 3)
+    logits[0, 0, 1] = logits[1, 0, 1] = 1.0
+    logits[3, 0, 2] = 1.0
+    assert q.encode(logits).codes.tolist() == [[3, -1, 3]]
+
+
+def test_slb_learned_values_are_a_table() -> None:
+    q = SLB(2, learn_values=True)
+    latent = q.latent(numbers(4, 9))
+    with torch.no_grad():
+        q.values.copy_(torch.tensor([-0.9, -0.1, 0.2, 0.5]))
+    encoded = q.encode(latent)
+    assert encoded.type.kind == "table"
+    assert encoded.type.table == (-127, -14, 28, 71)
+    encoded.type.index(encoded.codes.to(torch.int16).numpy())
+    (q.fake(latent.requires_grad_())).sum().backward()
+    assert q.values.grad.abs().sum() > 0
+    with torch.no_grad():
+        q.values.copy_(torch.tensor([-0.9, 0.1, 0.1001, 0.5]))
+    with pytest.raises(ValueError, match="fell together"):
+        q.encode(latent)
+    with pytest.raises(ValueError, match="2 weight bits or more"):
+        SLB(1, learn_values=True)
+
+
+def test_temperature_schedules() -> None:
+    net = prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), edges="none")
+    layer = net[0].weight_quantizer
+    for kind in ("exponential", "linear", "sine"):
+        s = Schedule(net, 100, growth=1000, kind=kind, start=0.3, end=0.9)
+        assert s.step(0) == s.step(30) == 1
+        assert s.step(90) == s.step(100) == pytest.approx(1000)
+        steps = [s.step(k) for k in range(101)]
+        assert steps == sorted(steps)
+        assert float(layer.temperature) == pytest.approx(1000)
+    s = Schedule(net, 100, growth=1000, start=0.0, end=1.0)
+    assert s.step(50) == pytest.approx(math.sqrt(1000))
+    # published: T *= 1.03 every epoch from 0.3 E to 0.9 E, E = 500
+    growth = published_growth(1.03, 500, 0.3, 0.9)
+    s = Schedule(net, 500, every="epoch", growth=growth, start=0.3, end=0.9)
+    assert s.step(151) / s.step(150) == pytest.approx(1.03)
+    assert s.step(450) == pytest.approx(7098, rel=1e-3)
+
+
+def test_gap_closes_with_the_temperature() -> None:
+    net = prepare(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), edges="none")
+    gaps = []
+    for t in (1, 100, 10000, 1e6):
+        for layer in net:
+            layer.weight_quantizer.temperature.fill_(t)
+        gaps.append(weight_statistics(net).gap)
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] < 0.01 < gaps[0]
+
+
+@pytest.mark.parametrize("change", [{"kind": "cubic"}, {"every": "week"}, {"growth": 0.5}, {"start": 0.9, "end": 0.3}, {"total_steps": 0}])
+def test_impossible_schedules_are_refused(change: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(change))):
+        Schedule(nn.Linear(1, 1), **{"total_steps": 10, **change})
