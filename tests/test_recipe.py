@@ -1,0 +1,125 @@
+"""Every recipe goes through the real parser and builds its network; every mistake is one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("lightning")
+
+from lowbit.train.recipe import RecipeError, differing_keys, load_recipe, parse_recipe
+from lowbit.train.rundir import InputSpec
+from lowbit.train.trainer import build_network, load_data
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(FOLDER.rglob("*.yaml"))
+DEMO = FOLDER / "fashion-mnist" / "bireal14-w1a1-slb-demo.yaml"
+
+
+def _id(path: Path) -> str:
+    return str(path.relative_to(FOLDER))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=_id)
+def test_every_recipe_builds_its_network(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem, "a recipe has the name of its file"
+    assert recipe.description
+    spec = InputSpec.of(load_data(recipe))
+    model = build_network(recipe, spec)
+    x = torch.randint(0, 256, (2, spec.channels, spec.height, spec.width), dtype=torch.uint8)
+    with torch.no_grad():
+        assert model.eval()(x).shape == (2, len(spec.classes))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=_id)
+def test_resolved_recipes_read_back_equal(path):
+    recipe = load_recipe(path)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_names_are_unique():
+    names = [path.stem for path in RECIPES]
+    assert len(set(names)) == len(names)
+    assert names
+
+
+def test_set():
+    recipe = load_recipe(DEMO, ["train.epochs=3", "train.lr=1e-2", "data.augment={crop: 2}", "name=other"])
+    assert (recipe.train.epochs, recipe.train.lr, recipe.data.augment.crop, recipe.name) == (3, 0.01, 2, "other")
+    assert differing_keys(recipe, load_recipe(DEMO)) == ["data.augment.crop", "name", "train.epochs", "train.lr"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epoch=3", r"unknown key 'train\.epoch': did you mean 'epochs'\? Known: batch_size"),
+        ("sede=1", r"unknown key 'sede': did you mean 'seed'\?"),
+        ("data.augment.crp=1", r"unknown key 'data\.augment\.crp': did you mean 'crop'\?"),
+        ("model.widht=8", r"unknown key 'model\.widht': did you mean 'width'\?"),
+        ("data.rot=x", r"unknown key 'data\.rot': did you mean 'root'\?"),
+        ("model.name=resnet2", r"unknown model 'resnet2': did you mean 'resnet20'\?"),
+        ("quantize.method=slbb", r"'slbb': did you mean 'slb'\?"),
+        ("quantize.activation=dorfa", r"'dorfa': did you mean 'dorefa'\?"),
+        ("data.name=fashion_mnits", r"'fashion_mnits': did you mean 'fashion_mnist'\?"),
+        ("task=clasify", r"unknown task 'clasify': did you mean 'classify'\?"),
+        ("quantize.weight_bits=3", r"quantize: SLB has 1, 2, 4 weight bits, not 3"),
+        ("quantize.weight_bits=0", r"quantize\.weight_bits: Input should be greater than or equal to 1, got 0"),
+        ("quantize.activation_bits=5", r"activation_bits is one of"),
+        ("quantize.options={spred: 1}", r"spred"),
+        ("train.epochs=many", r"train\.epochs: Input should be a valid integer.*got 'many'"),
+        ("train.lr=0", r"train\.lr: Input should be greater than 0, got 0"),
+        ("train.lr_schedule=step", r"needs milestones"),
+        ("train.milestones=[3]", r"belong to lr_schedule: step"),
+        ("train.warmup=100", r"warmup of 100\.0 epochs in a run of"),
+        ("schedule.start=0.95", r"start 0\.95 must come before end 0\.9"),
+    ],
+)
+def test_one_error_with_file_and_key(override, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(DEMO, [override])
+    assert str(DEMO) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs", "write key.subkey=value"),
+        ("train.lr.x=1", "'lr' is not a section"),
+        ("train.epochs=[1", "not YAML"),
+    ],
+)
+def test_bad_set(override, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(DEMO, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not YAML.*line"),
+        ("- 1", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+        ("name: x\nmodel: {name: resnet20}", "key 'data' is missing"),
+        ("name: x\nname: y\n", "key 'name' is written twice, line 2"),
+        ("name: !!python/object:os.system x", "not YAML"),
+    ],
+)
+def test_bad_files(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match="can't read this recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="can't read this recipe"):
+        load_recipe(tmp_path)
