@@ -9,33 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from lowbit.predict import SUFFIXES, ImageError, read_image
 from lowbit.train.data import DATASETS
 from lowbit.train.data.images import DataError, ImageData, split_indices
 
-__all__ = ["image_folder", "read_image"]
+__all__ = ["image_folder"]
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 SPLIT_SEED = 20_201_204
-
-
-def read_image(path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
-    """One image as u8 ``[C, H, W]``: shorter side resized (bicubic, antialiased), then the centre cut out.
-
-    Raises:
-        DataError: the file can't be read as an image.
-    """
-    height, width = size
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{path}: not a readable image ({error}); repair or remove it") from None
-    image = ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC)
-    array = np.asarray(image, np.uint8)
-    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
 def _class_folders(folder: Path) -> list[Path]:
@@ -53,7 +35,10 @@ def _read(folders: list[Path], size: tuple[int, int], channels: int) -> tuple[Te
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
         if not paths:
             raise DataError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}); fill the folder or remove it")
-        images += [read_image(path, size, channels) for path in paths]
+        try:
+            images += [read_image(path, size, channels).transpose(2, 0, 1) for path in paths]
+        except ImageError as error:
+            raise DataError(f"{error}; repair or remove it") from None
         labels += [label] * len(paths)
     return torch.from_numpy(np.stack(images)), torch.tensor(labels, dtype=torch.int64)
 
