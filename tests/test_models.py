@@ -8,6 +8,7 @@ from torch import nn
 
 from lowbit.train import Pixels, Residual, prepare
 from lowbit.train.models import MODELS, build_model, model_arguments
+from lowbit.train.models.blocks import PReLU
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -105,6 +106,26 @@ def test_orders_and_nonlinearities(name, order, nonlinearity):
     assert {"order", "nonlinearity"} <= arguments.keys()
     model = build_model(name, classes=3, in_channels=1, image_size=28, order=order, nonlinearity=nonlinearity)
     assert model(torch.randn(2, 1, 28, 28)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 6)])
+def test_prelu_is_that_of_torch(shape):
+    torch.manual_seed(1)
+    ours, torchs = PReLU(3), nn.PReLU(3)
+    torch.nn.init.normal_(ours.weight)
+    torchs.load_state_dict(ours.state_dict())
+    x = torch.randn(shape)
+    x.view(-1)[:3] = torch.tensor([0.0, -0.0, 1.0])
+    grad = torch.randn(shape)
+    results = []
+    for module in (ours, torchs):
+        leaf = x.clone().requires_grad_()
+        out = module(leaf)
+        out.backward(grad)
+        results.append((out.detach(), leaf.grad, module.weight.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][2], results[1][2])
 
 
 def test_refusals():

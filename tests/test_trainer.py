@@ -256,7 +256,7 @@ def test_a_wide_gap_is_said(tmp_path):
         {"train__optimizer": "adam", "train__lr": 0.01},
         {"train__lr_schedule": "step", "train__milestones": [0.5], "train__warmup": 0.3, "train__grad_clip": 1.0},
         {"schedule__every": "epoch", "schedule__kind": "sine"},
-        {"train__precision": "bf16"},
+        {"train__precision": "bf16", "model__nonlinearity": "prelu"},
         {"quantize__weight_bits": 2, "quantize__activation_bits": 2},
         {"quantize__method": "sign"},
     ],
