@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,9 @@ class Residual(nn.Module):
         if not 1 <= len(inputs) <= 2:
             raise ValueError(f"Residual adds one or two tensors, got {len(inputs)}")
         out = inputs[0] if len(inputs) == 1 else inputs[0] + inputs[1]
-        return torch.ops.lowbit.round_float16(out) if self.hard and self.dtype == "float16" else out
+        if self.hard and self.dtype == "float16":
+            return torch.ops.lowbit.round_float16(out.detach() if torch.compiler.is_compiling() else out)  # type: ignore[no-any-return]
+        return out
 
     def extra_repr(self) -> str:
         return f"dtype={self.dtype}"
@@ -138,13 +141,15 @@ class QuantLayer(nn.Module):
 
     def _hard(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Input codes, weight codes [O, ...], their joint scale [O] or [], bias: y = conv(codes) * scale + bias."""
+        if torch.compiler.is_compiling():
+            x = x.detach()  # else the compiler asks for the gradient that a hard layer does not have
         encoded = self.weight_quantizer.encode(self.weight)
         scale = encoded.scale
         q = self.input_quantizer
         if q is not None:
             scale = scale * q.scale
             x = q.encode(x)
-        return x, encoded.codes, scale, self.bias
+        return x, encoded.codes, scale, None if self.bias is None else self.bias.detach()
 
 
 class QuantConv2d(QuantLayer):
@@ -326,6 +331,13 @@ def _(
     return _conv2d(x.float(), weight.float(), None, stride, padding, dilation, groups)
 
 
+def _no_gradient(ctx: Any, grad: Tensor) -> None:  # noqa: ARG001
+    raise RuntimeError("a hard layer has no gradient: call model.train() before training, or set_hard(model, False)")
+
+
+_hard_conv2d.register_autograd(_no_gradient)
+
+
 @torch.library.custom_op("lowbit::linear", mutates_args=())
 def _hard_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, input_limit: int) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
@@ -339,6 +351,9 @@ def _hard_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, 
 @_hard_linear.register_fake
 def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, input_limit: int) -> Tensor:
     return F.linear(x.float(), weight.float())
+
+
+_hard_linear.register_autograd(_no_gradient)
 
 
 @torch.library.custom_op("lowbit::round_float16", mutates_args=())
