@@ -1,0 +1,154 @@
+// What a kernel is: the one contract every ISA row fulfils.
+//
+// All kernels work on vectors of 16 channels ("blocks"), so that a plan and its packed constants do not depend on the ISA. Sizes of
+// a vector load or store may reach past the last channel up to the end of its block; every buffer has slack for that.
+// Float arithmetic: each multiply and each add is rounded to float32 on its own, nearest-even, in the order written here.
+// No kernel saturates or overflows: the builder has proved that the real weights keep every int32 sum inside its range.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lowbit {
+
+inline constexpr int kLanes = 16;   // channels in a block
+inline constexpr int kSlack = 256;  // bytes that may be read or overwritten behind the end of any buffer
+
+// How a value lies in memory. All are pixel-major, channels last.
+enum class Rep : uint8_t {
+  kBits,  // 1-bit bipolar codes, +1 -> bit 1; channels filled up with 0 bits to whole 32-bit words
+  kS16,   // integer codes, zero point subtracted
+  kI32,
+  kF32,
+  kF16,
+};
+
+// --- 1-bit x 1-bit convolution of one run of output pixels of one row ------------------------------------------------------------
+// acc = base[pixel][filter] - 2 * popcount(activation xor weight), summed over all taps; padded taps hold 0 bits and `base` has
+// them corrected. Weights are [block][tap word][16 filters].
+struct BitConv {
+  const uint32_t* a;  // the first pixel's first tap
+  int rows, cols, words;
+  ptrdiff_t row_step, col_step, pixel_step;  // in words
+  int pixels;
+  const uint32_t* w;
+  ptrdiff_t w_block;  // words between two blocks of filters
+  int blocks;         // 1..4 blocks of 16 filters
+  // Per pixel constants: `table + offset[pixel]` is one int32 per filter: the base, or the limit of the popcount.
+  const int32_t* table;
+  const int32_t* offset;
+  // bit_accumulate: int32 [pixel][blocks * 16], `out_step` int32 from pixel to pixel.
+  int32_t* acc;
+  ptrdiff_t acc_step;
+  // bit_threshold: bit = (popcount <= limit) xor flip. Writes (blocks + 1) / 2 words a pixel.
+  const uint16_t* flip;
+  uint32_t* bits;
+  ptrdiff_t bits_step;  // in words
+};
+
+// --- matrix product: out[pixel][block * 16 + lane] = sum over k of a[pixel][k] * w[block][k][lane] -------------------------------
+// int_gemm: a is int16, k runs over pairs, w is int16 [block][pair][16][2], out is int32.
+// float_gemm: a, w [block][k][16] and out are float32; strictly sequential over k from +0, product rounded, then sum rounded.
+struct Gemm {
+  const void* a;
+  ptrdiff_t a_step;  // elements from pixel to pixel
+  int pixels;
+  int depth;  // number of pairs, or of floats
+  const void* w;
+  ptrdiff_t w_block;  // elements from block to block
+  int blocks;
+  void* out;
+  ptrdiff_t out_step;  // elements from pixel to pixel
+};
+
+// --- im2col: copies the patches under `pixels` output positions of one row, order (kernel row, kernel column, channel) -----------
+// Source kS16 -> int16 or float32; kF32, kF16 -> float32. Padded positions become 0. `dst_step` >= rows * cols * channels; elements between
+// that and `fill` are set to 0.
+struct Patches {
+  const void* src;  // channel 0 of the group at (0, 0)
+  Rep rep;
+  bool to_float;
+  int height, width;
+  ptrdiff_t pixel_step;  // elements
+  int channels, rows, cols;
+  int stride_x, dilation_y, dilation_x;
+  int y, x;  // input position of the first pixel's first tap; may be negative
+  int pixels;
+  void* dst;
+  ptrdiff_t dst_step;
+  int fill;
+};
+
+// --- a window of input positions under one output position, lanes = channels ------------------------------------------------------
+// depthwise: sum of value * weight, row-major from 0. kS16 sources with `integer` give int32 (weights int32), all others float32.
+// sum_pool: row-major float32 sum from +0, times `scale`. max_pool: best = x > best ? x : best, row-major from the first.
+struct Window {
+  const void* src;
+  Rep rep;  // kS16, kF32, kF16
+  int rows, cols;
+  ptrdiff_t row_step, col_step;  // elements of the source
+  int blocks;
+  const void* w;  // depthwise: int32 or float32
+  ptrdiff_t w_row_step, w_col_step;
+  bool integer;
+  float scale;
+  void* out;  // int32 or float32, blocks * 16
+};
+
+// --- epilogue: the ordered float32 steps behind a producer, and where their results go --------------------------------------------
+enum class Step : uint8_t {
+  kMul,        // v = v * constant
+  kAdd,        // v = v + constant
+  kAddF32,     // v = v + stored float32
+  kAddF16,     // v = v + stored float16
+  kPrelu,      // v = v < 0 ? v * constant : v
+  kRelu,       // v = v > 0 ? v : +0
+  kClip,       // v = v < low ? low : (v > high ? high : v)
+  kRoundHalf,  // v = float16(v)
+  kStoreI32,   // only first, only from an int32 source
+  kStoreF32,
+  kStoreF16,
+  kStoreS16,   // v is an integer
+  kStoreBits,  // bit = !(v < 0)
+  kSignS16,    // v < 0 ? -1 : +1
+  kQuantS16,   // clamp(rint(v * scale), low, high)
+  kThreshold,  // bit = (acc >= limit) xor flip, only from an int32 source, only step
+};
+
+struct EpilogueStep {
+  Step step;
+  const float* constant = nullptr;  // one per channel, filled up to whole blocks
+  const int32_t* limit = nullptr;
+  const uint16_t* flip = nullptr;  // one bit per channel, 16 a block
+  float low = 0, high = 0, scale = 0;
+  int slot = -1;            // which pointer of Epilogue::slots a load or store uses
+  ptrdiff_t slot_step = 0;  // elements (words for bits) from pixel to pixel
+};
+
+struct Epilogue {
+  const EpilogueStep* steps;
+  int count;
+  const void* src;
+  Rep rep;             // kS16, kI32, kF32, kF16
+  ptrdiff_t src_step;  // elements from pixel to pixel
+  int pixels;
+  int src_block;           // block 0 of `src` is this block of the channels
+  int first_block, blocks;  // which blocks of the channels to do
+  int channels;            // of the whole value: bits beyond them are written 0
+  void* const* slots;      // channel 0 of the first pixel
+};
+
+struct Kernels {
+  const char* isa;
+  void (*bit_threshold)(const BitConv&);
+  void (*bit_accumulate)(const BitConv&);
+  void (*int_gemm)(const Gemm&);
+  void (*float_gemm)(const Gemm&);
+  void (*patches)(const Patches&);
+  void (*depthwise)(const Window&);
+  void (*sum_pool)(const Window&);
+  void (*max_pool)(const Window&);
+  void (*epilogue)(const Epilogue&);
+};
+
+}  // namespace lowbit

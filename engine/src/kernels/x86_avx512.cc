@@ -1,0 +1,87 @@
+// AVX-512 (F, BW, DQ, VL) with VPOPCNTDQ and VNNI: one vector is a whole block.
+#include "arch.h"
+
+#if LOWBIT_X86
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+// Some compilers' own intrinsics (GCC 12) start from an undefined vector on purpose and then warn about it.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vnni,f16c")
+
+namespace lowbit {
+namespace {
+
+using F = __m512;
+using I = __m512i;
+using Pairs = __m512i;
+
+inline F Splat(float x) { return _mm512_set1_ps(x); }
+inline F LoadF(const float* p) { return _mm512_loadu_ps(p); }
+inline void StoreF(float* p, F x) { _mm512_storeu_ps(p, x); }
+inline F LoadS16(const int16_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+inline F LoadHalf(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline void StoreHalf(uint16_t* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void StoreS16(int16_t* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+inline F RoundHalf(F x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+inline F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F Add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F MaxKeep(F a, F b) { return _mm512_max_ps(a, b); }  // a > b ? a : b
+inline F MinKeep(F a, F b) { return _mm512_min_ps(a, b); }  // a < b ? a : b
+inline uint32_t Negative(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ); }
+inline F Prelu(F x, F slope) { return _mm512_mask_mul_ps(x, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), x, slope); }
+inline F Sign(F x) { return _mm512_mask_blend_ps(__mmask16(Negative(x)), _mm512_set1_ps(1), _mm512_set1_ps(-1)); }
+
+inline I ZeroI() { return _mm512_setzero_si512(); }
+inline I LoadI(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline void StoreI(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
+inline I LoadS16I(const int16_t* p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline I AddI(I a, I b) { return _mm512_add_epi32(a, b); }
+inline I MulI(I a, I b) { return _mm512_mullo_epi32(a, b); }
+inline I MinusTwice(I a, I b) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, 1)); }
+inline uint32_t AtMost(I a, I b) { return _mm512_cmple_epi32_mask(a, b); }
+inline F ToFloat(I x) { return _mm512_cvtepi32_ps(x); }
+inline Pairs LoadPairs(const int16_t* p) { return _mm512_loadu_si512(p); }
+inline I Dot(I sum, int32_t pair, Pairs w) { return _mm512_dpwssd_epi32(sum, _mm512_set1_epi32(pair), w); }
+
+struct BitCount {
+  using Weights = __m512i;
+  static constexpr int kFlush = 0;  // never needed
+  __m512i sum;
+  // Written out: a constructor the compiler generates does not carry the target pragma.
+  BitCount() : sum(_mm512_setzero_si512()) {}
+  static Weights Load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  void Add(uint32_t a, Weights w) {
+    sum = _mm512_add_epi32(sum, _mm512_popcnt_epi32(_mm512_xor_si512(_mm512_set1_epi32(int32_t(a)), w)));
+  }
+  void Flush() {}
+  I Total() const { return sum; }
+};
+
+// 4 pixels x 64 filters keep 16 sums, 4 weights and the temporaries in 32 registers; rows of 7 and 14 pixels take 7 at a time.
+constexpr int kBitBlocks = 4, kGemmPixels = 6, kGemmBlocks = 4, kEpiloguePixels = 8, kWideBitTile = 7;
+constexpr int BitPixels(int blocks) { return blocks == 1 ? 8 : blocks == 2 ? 7 : 4; }
+
+#include "kernels/generic.inc"
+
+}  // namespace
+
+extern const Kernels kKernels_avx512;
+const Kernels kKernels_avx512 = LOWBIT_KERNELS(avx512);
+
+}  // namespace lowbit
+
+#endif

@@ -1,0 +1,36 @@
+// What a Builder has collected: checked nodes in order.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "lowbit/engine.h"
+
+namespace lowbit {
+
+enum class Op : uint8_t {
+  kInput, kQuantize, kConv, kLinear, kMul, kAddConst, kAddValue, kPrelu, kRelu, kClip, kCast,
+  kMaxPool, kAvgPool, kGlobalAvgPool, kPixelShuffle, kConcat, kFlatten, kOutput,
+};
+
+struct Node {
+  Op op;
+  std::string name;
+  std::vector<Value> inputs;
+  ValueType type;
+  Weights weights;              // as 4-D, for linear too
+  std::vector<float> constant;  // factor, term or slope: one per channel
+  Geometry geometry;
+  std::array<int, 2> kernel = {1, 1};
+  int groups = 1;
+  int factor = 1;
+  bool count_include_pad = true;
+  float reciprocal = 1, low = 0, high = 0;
+};
+
+struct Network {
+  std::vector<Node> nodes;
+  bool finished = false;  // the output is there
+};
+
+}  // namespace lowbit

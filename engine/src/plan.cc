@@ -1,0 +1,545 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+#include <stdexcept>
+#include <tuple>
+
+#include "codes.h"
+#include "thresholds.h"
+
+namespace lowbit {
+namespace {
+
+constexpr int64_t kTileBytes = 16 << 10;   // accumulators between a producer and its epilogue: stay in L1
+constexpr int64_t kPatchBytes = 64 << 10;  // im2col of one tile: stay in L2
+
+Rep Natural(const ValueType& t) {
+  switch (t.dtype) {
+    case Dtype::kCodes: return Rep::kS16;
+    case Dtype::kInt32: return Rep::kI32;
+    case Dtype::kFloat32: return Rep::kF32;
+    case Dtype::kFloat16: return Rep::kF16;
+  }
+  return Rep::kF32;
+}
+
+// Which filter taps of one axis lie inside the image, for every output position; equal sets share a class. This is the real geometry:
+// nothing is assumed about how the kernel, the padding and the image compare, and a class may have no tap at all.
+struct Axis {
+  std::vector<int32_t> class_of;         // output position -> class
+  std::vector<std::vector<bool>> valid;  // class -> tap -> inside
+};
+
+Axis Classes(int64_t out, int64_t in, int kernel, int stride, int dilation, int before) {
+  Axis axis;
+  std::map<std::vector<bool>, int32_t> known;
+  for (int64_t o = 0; o < out; ++o) {
+    std::vector<bool> valid;
+    for (int k = 0; k < kernel; ++k) {
+      const int64_t at = o * stride - before + int64_t(k) * dilation;
+      valid.push_back(at >= 0 && at < in);
+    }
+    const auto [it, fresh] = known.emplace(valid, int32_t(axis.valid.size()));
+    if (fresh) axis.valid.push_back(valid);
+    axis.class_of.push_back(it->second);
+  }
+  return axis;
+}
+
+class Planner {
+ public:
+  Planner(const Network& network, const Kernels& kernels) : nodes_(network.nodes), kernels_(kernels) {
+    if (!network.finished) throw std::invalid_argument("the network has no output yet");
+    consumers_.resize(nodes_.size());
+    done_.resize(nodes_.size());
+    for (size_t n = 0; n < nodes_.size(); ++n) {
+      for (Value x : nodes_[n].inputs) {
+        auto& list = consumers_[size_t(x)];
+        if (list.empty() || list.back() != Value(n)) list.push_back(Value(n));
+      }
+    }
+  }
+
+  Plan Make() {
+    for (size_t n = 0; n < nodes_.size(); ++n) {
+      if (!done_[n]) Produce(Value(n));
+    }
+    Place();
+    return std::move(plan_);
+  }
+
+ private:
+  const Node& node(Value v) const { return nodes_[size_t(v)]; }
+  const ValueType& type(Value v) const { return nodes_[size_t(v)].type; }
+
+  // Popcount takes sign codes on both sides, in groups that own whole words.
+  bool IsBitConv(const Node& n) const {
+    if (n.op != Op::kConv && n.op != Op::kLinear) return false;
+    const ValueType& x = type(n.inputs[0]);
+    if (x.dtype != Dtype::kCodes || !n.weights.integer || !IsSign(x.codes) || !IsSign(n.weights.type)) return false;
+    return n.groups == 1 || (n.weights.shape[3] % 32 == 0 && n.weights.shape[0] / n.groups % 32 == 0);
+  }
+
+  Rep Reads(Value consumer, Value v) const { return IsBitConv(node(consumer)) ? Rep::kBits : Natural(type(v)); }
+
+  // --- buffers ---
+
+  int Source(Value v, Rep rep) {
+    const int buffer = stored_.at({v, rep});
+    plan_.buffers[size_t(buffer)].last = int(plan_.steps.size());
+    return buffer;
+  }
+
+  int NewBuffer(Value v, Rep rep, bool dense = false) {
+    Buffer b{v, rep, type(v).shape, 0};
+    const int64_t c = b.shape.channels;
+    b.pixel = dense ? c : rep == Rep::kBits ? RoundUp(c, 32) / 32 : RoundUp(c, kLanes);
+    if (rep == Rep::kBits) {
+      for (Value consumer : consumers_[size_t(v)]) {
+        if (!IsBitConv(node(consumer))) continue;
+        for (size_t i = 0; i < 4; ++i) b.ring[i] = std::max(b.ring[i], node(consumer).geometry.padding[i]);
+      }
+    }
+    b.first = b.last = int(plan_.steps.size());
+    plan_.buffers.push_back(b);
+    const int id = int(plan_.buffers.size() - 1);
+    stored_[{v, rep}] = id;
+    return id;
+  }
+
+  // --- epilogues ---
+
+  static EpilogueStep& Push(PlanStep& s, Step step) {
+    s.epilogue.emplace_back();
+    s.epilogue.back().step = step;
+    return s.epilogue.back();
+  }
+
+  void PushConstant(PlanStep& s, Step step, const Node& n) {
+    Aligned<float> padded(size_t(RoundUp(n.type.shape.channels, kLanes)));
+    std::copy(n.constant.begin(), n.constant.end(), padded.data());
+    Push(s, step).constant = padded.data();
+    s.constants.push_back(std::move(padded));
+  }
+
+  EpilogueStep& PushSlot(PlanStep& s, Step step, int buffer) {
+    EpilogueStep& e = Push(s, step);
+    e.slot = int(s.slots.size());
+    e.slot_step = plan_.buffers[size_t(buffer)].pixel;
+    s.slots.push_back(buffer);
+    return e;
+  }
+
+  EpilogueStep& PushStore(PlanStep& s, Step step, Value v, Rep rep) {
+    const int buffer = NewBuffer(v, rep);
+    s.writes.push_back(buffer);
+    s.info.bytes += plan_.buffers[size_t(buffer)].image_bytes();
+    if (s.info.values.empty() || s.info.values.back() != node(v).name) s.info.values.push_back(node(v).name);
+    return PushSlot(s, step, buffer);
+  }
+
+  // Stores v, which the epilogue holds, in every form that `readers` want.
+  void Store(PlanStep& s, Value v, const std::vector<Value>& readers) {
+    for (Rep rep : {Rep::kBits, Rep::kS16, Rep::kI32, Rep::kF32, Rep::kF16}) {
+      if (std::none_of(readers.begin(), readers.end(), [&](Value c) { return Reads(c, v) == rep; })) continue;
+      constexpr Step kStore[] = {Step::kStoreBits, Step::kStoreS16, Step::kStoreI32, Step::kStoreF32, Step::kStoreF16};
+      PushStore(s, kStore[int(rep)], v, rep);
+    }
+  }
+
+  void StoreQuantized(PlanStep& s, Value q) {
+    const Node& n = node(q);
+    const auto& readers = consumers_[size_t(q)];
+    const auto wants = [&](Rep rep) { return std::any_of(readers.begin(), readers.end(), [&](Value c) { return Reads(c, q) == rep; }); };
+    if (wants(Rep::kBits)) PushStore(s, Step::kStoreBits, q, Rep::kBits);
+    if (wants(Rep::kS16)) {
+      EpilogueStep& e = PushStore(s, IsSign(n.type.codes) ? Step::kSignS16 : Step::kQuantS16, q, Rep::kS16);
+      e.low = float(LowestCode(n.type.codes));
+      e.high = float(HighestCode(n.type.codes));
+      e.scale = n.reciprocal;
+    }
+    Cover(s, q);
+  }
+
+  void Cover(PlanStep& s, Value v) {
+    done_[size_t(v)] = true;
+    s.info.nodes.push_back(node(v).name);
+    s.info.name = node(v).name;
+  }
+
+  bool CanFollow(Value next, Value v) const {
+    const Node& n = node(next);
+    switch (n.op) {
+      case Op::kMul:
+      case Op::kAddConst:
+      case Op::kPrelu:
+      case Op::kRelu:
+      case Op::kClip:
+      case Op::kCast: return true;
+      case Op::kAddValue: {
+        if (n.inputs[0] == n.inputs[1]) return false;
+        const Value other = n.inputs[0] == v ? n.inputs[1] : n.inputs[0];
+        return stored_.count({other, Natural(type(other))}) != 0;
+      }
+      default: return false;
+    }
+  }
+
+  void Follow(PlanStep& s, Value next, Value v) {
+    const Node& n = node(next);
+    switch (n.op) {
+      case Op::kMul: PushConstant(s, Step::kMul, n); break;
+      case Op::kAddConst: PushConstant(s, Step::kAdd, n); break;
+      case Op::kPrelu: PushConstant(s, Step::kPrelu, n); break;
+      case Op::kRelu: Push(s, Step::kRelu); break;
+      case Op::kClip: {
+        EpilogueStep& e = Push(s, Step::kClip);
+        e.low = n.low;
+        e.high = n.high;
+        break;
+      }
+      case Op::kCast:
+        if (n.type.dtype == Dtype::kFloat16) Push(s, Step::kRoundHalf);
+        break;
+      default: {  // kAddValue
+        const Value other = n.inputs[0] == v ? n.inputs[1] : n.inputs[0];
+        const Rep rep = Natural(type(other));
+        PushSlot(s, rep == Rep::kF16 ? Step::kAddF16 : Step::kAddF32, Source(other, rep));
+        break;
+      }
+    }
+    Cover(s, next);
+  }
+
+  // The epilogue holds v: quantise it, store it where somebody else needs it, and go on along one elementwise consumer.
+  void Chain(PlanStep& s, Value v) {
+    for (;;) {
+      std::vector<Value> rest;
+      std::vector<Value> quantizes;
+      for (Value c : consumers_[size_t(v)]) (node(c).op == Op::kQuantize ? quantizes : rest).push_back(c);
+      const auto next = std::find_if(rest.begin(), rest.end(), [&](Value c) { return !done_[size_t(c)] && CanFollow(c, v); });
+      const Value follow = next == rest.end() ? -1 : *next;
+      if (next != rest.end()) rest.erase(next);
+      Store(s, v, rest);
+      for (Value q : quantizes) StoreQuantized(s, q);
+      if (follow < 0) return;
+      Follow(s, follow, v);
+      v = follow;
+    }
+  }
+
+  // --- producers ---
+
+  void Produce(Value v) {
+    const Node& n = node(v);
+    PlanStep s;
+    s.node = v;
+    s.shape = n.type.shape;
+    switch (n.op) {
+      case Op::kInput: Input(s, v); break;
+      case Op::kConv:
+      case Op::kLinear: Convolution(s, v); break;
+      case Op::kMaxPool:
+      case Op::kAvgPool:
+      case Op::kGlobalAvgPool: Plain(s, v, Producer::kPool, "pool"); break;
+      case Op::kPixelShuffle: Plain(s, v, Producer::kShuffle, "pixel_shuffle"); break;
+      case Op::kConcat: Plain(s, v, Producer::kConcat, "concat"); break;
+      case Op::kFlatten: Plain(s, v, Producer::kFlatten, "flatten"); break;
+      case Op::kOutput:
+        done_[size_t(v)] = true;
+        plan_.output = Source(n.inputs[0], Natural(n.type));
+        return;
+      default: Elementwise(s, v); break;
+    }
+    const auto single = [](const Shape& shape) { return shape.height == 1 && shape.width == 1; };
+    const bool by_pixel = s.producer == Producer::kBitConv || s.producer == Producer::kGemm || s.producer == Producer::kElementwise;
+    s.batch_is_row = by_pixel && single(s.shape) && n.kernel == std::array<int, 2>{1, 1} &&
+                     n.geometry.padding == std::array<int, 4>{0, 0, 0, 0};
+    for (int b : s.sources) s.batch_is_row &= plan_.buffers[size_t(b)].image_bytes() == plan_.buffers[size_t(b)].pixel * RepSize(plan_.buffers[size_t(b)].rep);
+    for (int b : s.slots) s.batch_is_row &= plan_.buffers[size_t(b)].image_bytes() == plan_.buffers[size_t(b)].pixel * RepSize(plan_.buffers[size_t(b)].rep);
+    plan_.scratch = std::max(plan_.scratch, Scratch(s));
+    plan_.steps.push_back(std::move(s));
+  }
+
+  void Input(PlanStep& s, Value v) {
+    s.producer = Producer::kInput;
+    s.info.kernel = "input";
+    plan_.input = NewBuffer(v, Natural(type(v)), /*dense=*/true);
+    s.writes.push_back(plan_.input);
+    s.info.values.push_back(node(v).name);
+    s.info.bytes = plan_.buffers[size_t(plan_.input)].image_bytes();
+    Cover(s, v);
+  }
+
+  void Elementwise(PlanStep& s, Value v) {
+    const Node& n = node(v);
+    s.producer = Producer::kElementwise;
+    s.info.kernel = "elementwise";
+    s.info.isa = kernels_.isa;
+    s.tile = Natural(type(n.inputs[0]));
+    s.sources.push_back(Source(n.inputs[0], s.tile));
+    if (n.op == Op::kQuantize) return StoreQuantized(s, v);
+    if (n.op == Op::kAddValue && n.inputs[0] == n.inputs[1]) {
+      PushSlot(s, s.tile == Rep::kF16 ? Step::kAddF16 : Step::kAddF32, s.sources[0]);
+      Cover(s, v);
+    } else {
+      Follow(s, v, n.inputs[0]);
+    }
+    Chain(s, v);
+  }
+
+  void Plain(PlanStep& s, Value v, Producer producer, const char* kernel) {
+    const Node& n = node(v);
+    s.producer = producer;
+    s.info.kernel = kernel;
+    s.info.isa = kernels_.isa;
+    for (Value x : n.inputs) s.sources.push_back(Source(x, Natural(type(x))));
+    s.tile = producer == Producer::kPool ? Rep::kF32 : Natural(n.type);
+    s.tile_step = RoundUp(n.type.shape.channels, kLanes);
+    s.tile_pixels = producer == Producer::kFlatten ? 1 : TilePixels(s);
+    Cover(s, v);
+    Chain(s, v);
+  }
+
+  int TilePixels(const PlanStep& s) const {
+    const int64_t most = std::clamp<int64_t>(kTileBytes / (s.tile_step * 4), 4, 64);
+    return int(std::min(most, std::max<int64_t>(s.shape.width, 16)));
+  }
+
+  void Convolution(PlanStep& s, Value v) {
+    const Node& n = node(v);
+    const ValueType& x = type(n.inputs[0]);
+    const Weights& w = n.weights;
+    s.integer = n.type.dtype == Dtype::kInt32;
+    s.tile = s.integer ? Rep::kI32 : Rep::kF32;
+    s.info.isa = kernels_.isa;
+    s.info.macs = n.type.shape.height * n.type.shape.width * int64_t(w.integer ? w.codes.size() : w.numbers.size());
+    const bool bits = IsBitConv(n);
+    s.sources.push_back(Source(n.inputs[0], bits ? Rep::kBits : Natural(x)));
+    Cover(s, v);
+    if (bits) {
+      PackBits(s, n);
+    } else if (n.groups > 1 && n.groups == x.shape.channels && w.shape[0] == n.groups) {
+      PackDepthwise(s, n);
+    } else {
+      PackGemm(s, n, x);
+    }
+    Chain(s, v);
+    if (s.integer) UseThresholds(s, n, x);
+  }
+
+  static float Number(const Weights& w, int64_t i) { return w.integer ? float(w.codes[size_t(i)]) : w.numbers[size_t(i)]; }
+
+  void PackDepthwise(PlanStep& s, const Node& n) {
+    s.producer = Producer::kDepthwise;
+    s.info.kernel = s.integer ? "depthwise_int" : "depthwise_float";
+    const int64_t channels = n.type.shape.channels, padded = RoundUp(channels, kLanes), taps = int64_t(n.kernel[0]) * n.kernel[1];
+    s.tile_step = padded;
+    s.tile_pixels = TilePixels(s);
+    if (s.integer) {
+      s.depth_weights = Aligned<int32_t>(size_t(taps * padded));
+    } else {
+      s.float_weights = Aligned<float>(size_t(taps * padded));
+    }
+    s.info.weight_bytes = taps * padded * 4;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t t = 0; t < taps; ++t) {
+        if (s.integer) {
+          s.depth_weights[size_t(t * padded + c)] = n.weights.codes[size_t(c * taps + t)];
+        } else {
+          s.float_weights[size_t(t * padded + c)] = Number(n.weights, c * taps + t);
+        }
+      }
+    }
+  }
+
+  void PackGemm(PlanStep& s, const Node& n, const ValueType& x) {
+    s.producer = Producer::kGemm;
+    s.info.kernel = s.integer ? "int_gemm" : "float_gemm";
+    const Weights& w = n.weights;
+    const int64_t filters = w.shape[0] / n.groups, k = w.shape[1] * w.shape[2] * w.shape[3];
+    s.blocks = RoundUp(filters, kLanes) / kLanes;
+    s.depth = s.integer ? (k + 1) / 2 : k;
+    s.w_block = s.depth * kLanes * (s.integer ? 2 : 1);
+    const int64_t size = n.groups * s.blocks * s.w_block;
+    if (s.integer) {
+      s.int_weights = Aligned<int16_t>(size_t(size));
+    } else {
+      s.float_weights = Aligned<float>(size_t(size));
+    }
+    s.info.weight_bytes = size * (s.integer ? 2 : 4);
+    for (int64_t o = 0; o < w.shape[0]; ++o) {
+      const int64_t group = o / filters, f = o % filters;
+      const int64_t base = (group * s.blocks + f / kLanes) * s.w_block;
+      for (int64_t i = 0; i < k; ++i) {
+        if (s.integer) {
+          s.int_weights[size_t(base + (i / 2 * kLanes + f % kLanes) * 2 + i % 2)] = w.codes[size_t(o * k + i)];
+        } else {
+          s.float_weights[size_t(base + i * kLanes + f % kLanes)] = Number(w, o * k + i);
+        }
+      }
+    }
+    const Rep source = Natural(x);
+    const Geometry& g = n.geometry;
+    const bool pointwise = n.kernel == std::array<int, 2>{1, 1} && g.padding == std::array<int, 4>{0, 0, 0, 0} &&
+                           g.stride == std::array<int, 2>{1, 1} && n.groups == 1;
+    s.direct = pointwise && (s.integer ? x.shape.channels % 2 == 0 : source == Rep::kF32);
+    s.tile_step = n.groups * filters + kLanes;  // grouped results are moved together; the last one may reach over
+    s.tile_step = RoundUp(s.tile_step, kLanes);
+    s.tile_pixels = TilePixels(s);
+    if (!s.direct) {
+      const int64_t most = kPatchBytes / (PatchStep(s) * (s.integer ? 2 : 4));
+      s.tile_pixels = int(std::clamp<int64_t>(most, 4, s.tile_pixels));
+    }
+  }
+
+  static int64_t PatchStep(const PlanStep& s) { return s.depth * (s.integer ? 2 : 1); }
+
+  int64_t Scratch(const PlanStep& s) const {
+    int64_t bytes = RoundUp(s.tile_pixels * s.tile_step * 4, 64) + kSlack;
+    if (s.producer == Producer::kGemm) {
+      bytes += RoundUp(s.tile_pixels * PatchStep(s) * (s.integer ? 2 : 4), 64) + kSlack;
+      if (node(s.node).groups > 1) bytes += RoundUp(s.tile_pixels * s.blocks * kLanes * 4, 64) + kSlack;
+    }
+    return bytes;
+  }
+
+  // Weights as [block of 16 filters][tap word][16]; every tap's channels fill whole words, as the activations do. A set bit is +1.
+  // With all taps inside, acc = (number of taps) * channels - 2 * popcount(a xor w). A tap outside reads 0 bits, which adds popcount(w) to
+  // the count and must add nothing to acc: base = (valid taps) * channels + 2 * (sum of popcount(w) over the invalid taps).
+  void PackBits(PlanStep& s, const Node& n) {
+    s.producer = Producer::kBitConv;
+    s.info.kernel = "bit_conv";
+    const Weights& w = n.weights;
+    const int64_t filters = w.shape[0], channels = w.shape[3], taps = w.shape[1] * w.shape[2];
+    const int64_t words = RoundUp(channels, 32) / 32;
+    s.blocks = RoundUp(filters, kLanes) / kLanes;
+    s.depth = taps * words;
+    s.w_block = s.depth * kLanes;
+    s.bit_weights = Aligned<uint32_t>(size_t(s.blocks * s.w_block));
+    s.info.weight_bytes = s.blocks * s.w_block * 4;
+    std::vector<int32_t> ones(size_t(filters * taps));
+    for (int64_t o = 0; o < filters; ++o) {
+      for (int64_t t = 0; t < taps; ++t) {
+        for (int64_t c = 0; c < channels; ++c) {
+          if (w.codes[size_t((o * taps + t) * channels + c)] < 0) continue;
+          const int64_t at = o / kLanes * s.w_block + (t * words + c / 32) * kLanes + o % kLanes;
+          s.bit_weights[size_t(at)] |= 1u << (c % 32);
+          ++ones[size_t(o * taps + t)];
+        }
+      }
+    }
+    const Geometry& g = n.geometry;
+    const Shape& in = type(n.inputs[0]).shape;
+    const Shape& out = n.type.shape;
+    const Axis rows = Classes(out.height, in.height, n.kernel[0], g.stride[0], g.dilation[0], g.padding[0]);
+    const Axis cols = Classes(out.width, in.width, n.kernel[1], g.stride[1], g.dilation[1], g.padding[1]);
+    const int64_t padded = s.blocks * kLanes;
+    s.row_class = rows.class_of;
+    for (int32_t c : cols.class_of) s.col_offset.push_back(int32_t(c * padded));
+    s.row_class_step = int64_t(cols.valid.size()) * padded;
+    s.table = Aligned<int32_t>(rows.valid.size() * size_t(s.row_class_step));
+    int32_t* base = s.table.data();
+    for (const auto& row : rows.valid) {
+      for (const auto& col : cols.valid) {
+        for (int64_t o = 0; o < filters; ++o) {
+          int64_t sum = 0;
+          for (size_t t = 0; t < size_t(taps); ++t) {
+            const bool inside = row[t / col.size()] && col[t % col.size()];
+            sum += inside ? channels : 2 * ones[size_t(o * taps) + t];
+          }
+          base[o] = int32_t(sum);
+        }
+        base += padded;
+      }
+    }
+    s.tile_step = 4 * kLanes;
+    s.tile_pixels = int(std::min<int64_t>(std::max<int64_t>(out.width, 16), kTileBytes / (s.tile_step * 4)));
+  }
+
+  // Replaces {float steps, one store of sign bits} behind an integer convolution by one compare, where every channel allows it.
+  void UseThresholds(PlanStep& s, const Node& n, const ValueType& x) {
+    if (s.epilogue.empty() || s.epilogue.back().step != Step::kStoreBits || s.writes.size() != 1 || s.slots.size() != 1) return;
+    const size_t channels = size_t(n.type.shape.channels);
+    const int64_t lowest = LowestCode(x.codes) - (x.zero_point.empty() ? 0 : *std::max_element(x.zero_point.begin(), x.zero_point.end()));
+    const int64_t highest = HighestCode(x.codes) - (x.zero_point.empty() ? 0 : *std::min_element(x.zero_point.begin(), x.zero_point.end()));
+    const int64_t largest = std::max(-lowest, highest);
+    const size_t per_filter = n.weights.codes.size() / channels;
+    std::vector<Threshold> found;
+    for (size_t c = 0; c < channels; ++c) {
+      int64_t reach = 0;
+      for (size_t k = 0; k < per_filter; ++k) reach += largest * std::abs(int(n.weights.codes[c * per_filter + k]));
+      const auto threshold = FindThreshold(s.epilogue, c, int32_t(-reach), int32_t(reach));
+      if (!threshold) return;
+      found.push_back(*threshold);
+    }
+    const size_t blocks = size_t(RoundUp(int64_t(channels), kLanes) / kLanes), padded = blocks * kLanes;
+    s.threshold = true;
+    s.flip = Aligned<uint16_t>(blocks);
+    for (size_t c = 0; c < channels; ++c) s.flip[c / kLanes] |= uint16_t(found[c].flip << (c % kLanes));
+    s.info.kernel += "+threshold";
+    s.constants.clear();
+    if (s.producer == Producer::kBitConv) {
+      // acc = base - 2 p >= limit  <=>  p <= floor((base - limit) / 2). Lanes behind the last filter get no bit: p <= -1.
+      for (size_t at = 0; at < s.table.size(); ++at) {
+        const size_t c = at % padded;
+        if (c >= channels) {
+          s.table[at] = -1;
+          continue;
+        }
+        const int64_t room = int64_t(s.table[at]) - found[c].limit;
+        s.table[at] = int32_t(std::clamp<int64_t>(room >> 1, -1, INT32_MAX));
+      }
+      s.epilogue.clear();
+      return;
+    }
+    s.limit = Aligned<int32_t>(padded);
+    for (size_t c = 0; c < channels; ++c) s.limit[c] = found[c].limit;
+    EpilogueStep step = s.epilogue.back();
+    step.step = Step::kThreshold;
+    step.limit = s.limit.data();
+    step.flip = s.flip.data();
+    s.epilogue = {step};
+  }
+
+  // --- workspace: the lowest place that no buffer alive at the same time holds ---
+
+  void Place() {
+    std::vector<size_t> order(plan_.buffers.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    plan_.buffers[size_t(plan_.output)].last = int(plan_.steps.size());
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return plan_.buffers[a].room() > plan_.buffers[b].room(); });
+    std::vector<size_t> placed;
+    for (size_t id : order) {
+      Buffer& b = plan_.buffers[id];
+      std::vector<std::pair<int64_t, int64_t>> taken;
+      for (size_t other : placed) {
+        const Buffer& o = plan_.buffers[other];
+        if (o.first <= b.last && b.first <= o.last) taken.emplace_back(o.offset, o.offset + o.room());
+      }
+      std::sort(taken.begin(), taken.end());
+      b.offset = 0;
+      for (const auto& [from, to] : taken) {
+        if (b.offset + b.room() <= from) break;
+        b.offset = std::max(b.offset, to);
+      }
+      placed.push_back(id);
+      plan_.workspace = std::max(plan_.workspace, b.offset + b.room());
+    }
+  }
+
+  const std::vector<Node>& nodes_;
+  const Kernels& kernels_;
+  std::vector<std::vector<Value>> consumers_;
+  std::vector<bool> done_;
+  std::map<std::pair<Value, Rep>, int> stored_;
+  Plan plan_;
+};
+
+}  // namespace
+
+Plan MakePlan(const Network& network, const Kernels& kernels) { return Planner(network, kernels).Make(); }
+
+}  // namespace lowbit

@@ -1,0 +1,104 @@
+// A plan: the network as few fused steps, with packed constants and places in the workspace. Made once, at load.
+#pragma once
+
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "arch.h"
+#include "network.h"
+
+namespace lowbit {
+
+// Zeroed memory on a cache line, with slack behind it for whole-block loads.
+template <typename T>
+class Aligned {
+ public:
+  Aligned() = default;
+  explicit Aligned(size_t size) : size_(size) {
+    const size_t bytes = size * sizeof(T) + kSlack;
+    data_.reset(static_cast<T*>(::operator new(bytes, std::align_val_t(64))));
+    std::fill_n(reinterpret_cast<char*>(data_.get()), bytes, char(0));
+  }
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  size_t size() const { return size_; }
+  T& operator[](size_t i) { return data_.get()[i]; }
+  const T& operator[](size_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T, Free> data_;
+  size_t size_ = 0;
+};
+
+inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t RepSize(Rep rep) { return rep == Rep::kS16 || rep == Rep::kF16 ? 2 : 4; }
+
+// One stored form of one value. A value that both a popcount convolution and something else reads has two.
+struct Buffer {
+  Value value;
+  Rep rep;
+  Shape shape;
+  int64_t pixel;                    // elements (words for bits) from pixel to pixel
+  std::array<int, 4> ring = {};     // zero pixels around the image (top, left, bottom, right): bits only
+  int first = 0, last = 0;          // steps that write it and read it last
+  int64_t offset = 0;               // in the workspace of a batch of 1; everything scales with the batch
+
+  int64_t row() const { return (shape.width + ring[1] + ring[3]) * pixel; }
+  int64_t image_bytes() const { return (shape.height + ring[0] + ring[2]) * row() * RepSize(rep); }
+  int64_t room() const { return RoundUp(image_bytes(), 64) + kSlack; }
+  int64_t at(int64_t y, int64_t x) const { return ((y + ring[0]) * row() + (x + ring[1]) * pixel) * RepSize(rep); }  // bytes
+};
+
+enum class Producer : uint8_t { kInput, kBitConv, kGemm, kDepthwise, kPool, kShuffle, kConcat, kFlatten, kElementwise };
+
+struct PlanStep {
+  Producer producer;
+  Value node;                // the producer
+  Shape shape;               // of everything this step writes
+  std::vector<int> sources;  // buffers the producer reads
+  Rep tile = Rep::kF32;      // what the producer hands to the epilogue
+  std::vector<EpilogueStep> epilogue;
+  std::vector<int> slots;   // the buffers behind the epilogue's slots
+  std::vector<int> writes;  // the buffers among them that it fills
+  bool batch_is_row = false;  // everything is 1 x 1: the batch takes the place of the width
+  std::vector<Aligned<float>> constants;
+
+  // convolutions
+  bool integer = false;
+  bool direct = false;  // 1 x 1: the source itself is the matrix
+  int64_t blocks = 0;   // of 16 output channels (of one group, for grouped gemm)
+  int64_t depth = 0;
+  int64_t w_block = 0;
+  int tile_pixels = 0;
+  int64_t tile_step = 0;  // elements from pixel to pixel of the tile
+  Aligned<uint32_t> bit_weights;
+  Aligned<int16_t> int_weights;
+  Aligned<float> float_weights;
+  Aligned<int32_t> depth_weights;
+
+  // popcount convolutions: base or limits per border class and filter
+  bool threshold = false;
+  std::vector<int32_t> row_class, col_offset;
+  int64_t row_class_step = 0;
+  Aligned<int32_t> table;
+  Aligned<int32_t> limit;  // thresholds of other integer producers
+  Aligned<uint16_t> flip;
+
+  StepInfo info;
+};
+
+struct Plan {
+  std::vector<PlanStep> steps;
+  std::vector<Buffer> buffers;
+  int input = -1, output = -1;  // buffers
+  int64_t workspace = 0;        // bytes, batch of 1
+  int64_t scratch = 0;          // bytes, each thread
+};
+
+Plan MakePlan(const Network& network, const Kernels& kernels);
+
+}  // namespace lowbit

@@ -1,0 +1,514 @@
+// Engine: runs a plan, step by step, rows shared out among the threads.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <stdexcept>
+
+#include "half.h"
+#include "plan.h"
+#include "pool.h"
+
+namespace lowbit {
+namespace {
+
+// The memory of one run. Kept from run to run; grows to the largest batch seen.
+struct Workspace {
+  int64_t batch = 0;
+  Aligned<char> values;
+  std::vector<Aligned<char>> scratch;  // one a thread
+};
+
+// What one thread needs to compute rows of one step.
+class RowRunner {
+ public:
+  RowRunner(const Plan& plan, const PlanStep& step, const Node& node, const Kernels& kernels, char* values, int64_t batch,
+            const void* input, char* scratch)
+      : plan_(plan), s_(step), n_(node), k_(kernels), values_(values), batch_(batch), input_(input), scratch_(scratch) {}
+
+  // Rows are counted through all images; with batch_is_row, "rows" are pieces of tile_pixels images.
+  void Rows(int64_t first, int64_t last) {
+    if (s_.batch_is_row) {
+      const int64_t piece = Piece(s_);
+      const int64_t x0 = first * piece, x1 = std::min(last * piece, batch_);
+      Row(0, 0, x0, x1);
+      return;
+    }
+    const int64_t height = s_.shape.height;
+    if (s_.producer == Producer::kBitConv) {  // one image at a time: groups of filters outside, rows inside
+      while (first < last) {
+        const int64_t image = first / height, y0 = first % height, y1 = std::min(height, y0 + last - first);
+        for (int64_t y = y0; y < y1; ++y) ZeroRing(image, y);
+        BitRows(image, y0, y1, 0, s_.shape.width);
+        first += y1 - y0;
+      }
+      return;
+    }
+    for (int64_t r = first; r < last; ++r) {
+      ZeroRing(r / height, r % height);
+      Row(r / height, r % height, 0, s_.shape.width);
+    }
+  }
+
+  static int64_t Piece(const PlanStep& s) { return s.tile_pixels > 0 ? s.tile_pixels : 64; }
+
+ private:
+  const Buffer& buffer(int id) const { return plan_.buffers[size_t(id)]; }
+  char* Start(int id, int64_t image) const {
+    const Buffer& b = buffer(id);
+    return values_ + b.offset * batch_ + image * b.image_bytes();
+  }
+  char* At(int id, int64_t image, int64_t y, int64_t x) const { return Start(id, image) + buffer(id).at(y, x); }
+
+  // The ring of zero bits around row y (and above the first, below the last row) of the bit buffers this step fills.
+  void ZeroRing(int64_t image, int64_t y) const {
+    for (int id : s_.writes) {
+      const Buffer& b = buffer(id);
+      if (b.ring == std::array<int, 4>{}) continue;
+      char* const start = Start(id, image);
+      const int64_t row = b.row() * 4, pixel = b.pixel * 4;
+      if (y == 0) std::memset(start, 0, size_t(b.ring[0] * row));
+      char* const at = start + (y + b.ring[0]) * row;
+      std::memset(at, 0, size_t(b.ring[1] * pixel));
+      std::memset(at + (b.ring[1] + b.shape.width) * pixel, 0, size_t(b.ring[3] * pixel));
+      if (y + 1 == b.shape.height) std::memset(at + row, 0, size_t(b.ring[2] * row));
+    }
+  }
+
+  void Row(int64_t image, int64_t y, int64_t x0, int64_t x1) {
+    switch (s_.producer) {
+      case Producer::kInput: return InputRow(image, y);
+      case Producer::kBitConv: return BitRows(image, y, y + 1, x0, x1);
+      case Producer::kElementwise: {
+        const Buffer& b = buffer(s_.sources[0]);
+        return Finish(At(s_.sources[0], image, y, x0), b.pixel, image, y, x0, x1 - x0);
+      }
+      default: break;
+    }
+    for (int64_t x = x0; x < x1; x += s_.tile_pixels) {
+      const int64_t pixels = std::min<int64_t>(s_.tile_pixels, x1 - x);
+      const void* tile = scratch_;
+      int64_t tile_step = s_.tile_step;
+      switch (s_.producer) {
+        case Producer::kGemm: GemmTile(image, y, x, pixels); break;
+        case Producer::kDepthwise: DepthwiseTile(image, y, x, pixels); break;
+        case Producer::kPool: PoolTile(image, y, x, pixels); break;
+        case Producer::kShuffle: ShuffleTile(image, y, x, pixels); break;
+        case Producer::kConcat: ConcatTile(image, y, x, pixels); break;
+        default: tile = FlattenTile(image); break;
+      }
+      Finish(tile, tile_step, image, y, x, pixels);
+    }
+  }
+
+  // The epilogue over `pixels` pixels of a row, all blocks or some.
+  void Finish(const void* tile, int64_t tile_step, int64_t image, int64_t y, int64_t x, int64_t pixels, int64_t first_block = 0,
+              int64_t blocks = 0) const {
+    constexpr size_t kInline = 16;
+    void* few[kInline];
+    std::vector<void*> many;
+    void** slots = few;
+    if (s_.slots.size() > kInline) {
+      many.resize(s_.slots.size());
+      slots = many.data();
+    }
+    for (size_t i = 0; i < s_.slots.size(); ++i) slots[i] = At(s_.slots[i], image, y, x);
+    const int64_t all = RoundUp(s_.shape.channels, kLanes) / kLanes;
+    k_.epilogue({s_.epilogue.data(), int(s_.epilogue.size()), tile, s_.tile, tile_step, int(pixels), int(first_block), int(first_block),
+                 int(blocks ? blocks : all), int(s_.shape.channels), slots});
+  }
+
+  void InputRow(int64_t image, int64_t y) const {
+    const Buffer& b = buffer(plan_.input);
+    const int64_t count = b.shape.width * b.pixel;
+    const int64_t at = (image * b.shape.height + y) * count;
+    char* const to = At(plan_.input, image, y, 0);
+    if (b.rep == Rep::kF32) {
+      std::memcpy(to, static_cast<const float*>(input_) + at, size_t(count) * 4);
+      return;
+    }
+    const uint8_t* from = static_cast<const uint8_t*>(input_) + at;
+    int16_t* out = reinterpret_cast<int16_t*>(to);
+    const std::vector<int>& zero_point = n_.type.zero_point;
+    const size_t channels = zero_point.size();
+    const bool same = std::adjacent_find(zero_point.begin(), zero_point.end(), std::not_equal_to<>()) == zero_point.end();
+    if (same) {
+      const int16_t z = zero_point.empty() ? int16_t(0) : int16_t(zero_point[0]);
+      for (int64_t i = 0; i < count; ++i) out[i] = int16_t(from[i] - z);
+      return;
+    }
+    for (int64_t i = 0; i < count; i += int64_t(channels)) {
+      for (size_t c = 0; c < channels; ++c) out[size_t(i) + c] = int16_t(from[size_t(i) + c] - zero_point[c]);
+    }
+  }
+
+  void BitRows(int64_t image, int64_t y0, int64_t y1, int64_t x0, int64_t x1) const {
+    static constexpr int32_t kNoOffset[64] = {};
+    const Buffer& b = buffer(s_.sources[0]);
+    const Geometry& g = n_.geometry;
+    const int64_t group_blocks = s_.blocks / n_.groups, group_words = b.pixel / n_.groups;
+    BitConv c{};
+    c.rows = n_.kernel[0];
+    c.cols = n_.kernel[1];
+    c.words = int(group_words);
+    c.row_step = g.dilation[0] * b.row();
+    c.col_step = g.dilation[1] * b.pixel;
+    c.pixel_step = s_.batch_is_row ? b.pixel : g.stride[1] * b.pixel;
+    c.w_block = s_.w_block;
+    if (c.col_step == c.words) {  // the taps of a row lie side by side
+      c.words *= c.cols;
+      c.cols = 1;
+    }
+    for (int64_t first = 0; first < s_.blocks;) {
+      const int64_t group = first / group_blocks;
+      const int64_t blocks = std::min<int64_t>(4, (group + 1) * group_blocks - first);
+      c.w = s_.bit_weights.data() + first * s_.w_block;
+      c.blocks = int(blocks);
+      for (int64_t y = y0; y < y1; ++y) {
+        const char* row = Start(s_.sources[0], image) + b.at(y * g.stride[0] - g.padding[0], -g.padding[1]);
+        const int32_t* table = s_.table.data() + (s_.batch_is_row ? 0 : s_.row_class[size_t(y)] * s_.row_class_step) + first * kLanes;
+        for (int64_t x = x0; x < x1; x += s_.tile_pixels) {
+          c.pixels = int(std::min<int64_t>(s_.tile_pixels, x1 - x));
+          c.a = reinterpret_cast<const uint32_t*>(row) + x * c.pixel_step + group * group_words;
+          c.table = table;
+          c.offset = s_.batch_is_row ? kNoOffset : s_.col_offset.data() + x;
+          if (s_.threshold && s_.epilogue.empty()) {
+            c.flip = s_.flip.data() + first;
+            c.bits = reinterpret_cast<uint32_t*>(At(s_.writes[0], image, y, x)) + first / 2;
+            c.bits_step = buffer(s_.writes[0]).pixel;
+            k_.bit_threshold(c);
+          } else {
+            c.acc = reinterpret_cast<int32_t*>(scratch_);
+            c.acc_step = s_.tile_step;
+            k_.bit_accumulate(c);
+            Finish(scratch_, s_.tile_step, image, y, x, c.pixels, first, blocks);
+          }
+        }
+      }
+      first += blocks;
+    }
+  }
+
+  void GemmTile(int64_t image, int64_t y, int64_t x, int64_t pixels) const {
+    const Buffer& b = buffer(s_.sources[0]);
+    const Weights& w = n_.weights;
+    const int64_t element = s_.integer ? 2 : 4, patch_step = s_.depth * (s_.integer ? 2 : 1);
+    char* const patch = scratch_ + RoundUp(s_.tile_pixels * s_.tile_step * 4, 64) + kSlack;
+    char* const part = patch + RoundUp(s_.tile_pixels * patch_step * element, 64) + kSlack;
+    const int64_t filters = w.shape[0] / n_.groups;
+    for (int group = 0; group < n_.groups; ++group) {
+      Gemm m{};
+      if (s_.direct) {
+        m.a = At(s_.sources[0], image, y, x);
+        m.a_step = b.pixel;
+      } else {
+        Patches p{};
+        p.rep = b.rep;
+        p.to_float = !s_.integer;
+        p.pixel_step = b.pixel;
+        p.channels = int(w.shape[3]);
+        p.pixels = int(pixels);
+        p.dst = patch;
+        p.dst_step = patch_step;
+        p.fill = int(patch_step);
+        const char* const source = Start(s_.sources[0], image) + group * w.shape[3] * RepSize(b.rep);
+        if (s_.batch_is_row) {
+          p.src = source + x * b.image_bytes();
+          p.height = 1;
+          p.width = int(pixels);
+          p.rows = p.cols = p.stride_x = p.dilation_x = p.dilation_y = 1;
+        } else {
+          p.src = source;
+          p.height = int(b.shape.height);
+          p.width = int(b.shape.width);
+          p.rows = n_.kernel[0];
+          p.cols = n_.kernel[1];
+          p.stride_x = n_.geometry.stride[1];
+          p.dilation_y = n_.geometry.dilation[0];
+          p.dilation_x = n_.geometry.dilation[1];
+          p.y = int(y * n_.geometry.stride[0] - n_.geometry.padding[0]);
+          p.x = int(x * n_.geometry.stride[1] - n_.geometry.padding[1]);
+        }
+        k_.patches(p);
+        m.a = patch;
+        m.a_step = patch_step;
+      }
+      const int64_t from = group * s_.blocks * s_.w_block;
+      m.w = s_.integer ? static_cast<const void*>(s_.int_weights.data() + from) : s_.float_weights.data() + from;
+      m.w_block = s_.w_block;
+      m.pixels = int(pixels);
+      m.depth = int(s_.depth);
+      m.blocks = int(s_.blocks);
+      m.out = n_.groups == 1 ? scratch_ : part;
+      m.out_step = n_.groups == 1 ? s_.tile_step : s_.blocks * kLanes;
+      (s_.integer ? k_.int_gemm : k_.float_gemm)(m);
+      if (n_.groups == 1) return;
+      for (int64_t p = 0; p < pixels; ++p) {  // both int32 and float32 are 4 bytes
+        std::memcpy(scratch_ + (p * s_.tile_step + group * filters) * 4, part + p * m.out_step * 4, size_t(filters) * 4);
+      }
+    }
+  }
+
+  // The part of a window that lies inside an axis of the input: taps first..last.
+  static std::pair<int64_t, int64_t> Inside(int64_t at, int64_t taps, int64_t dilation, int64_t size) {
+    const int64_t first = at >= 0 ? 0 : (-at + dilation - 1) / dilation;
+    const int64_t last = at >= size ? 0 : std::min(taps, (size - 1 - at) / dilation + 1);
+    return {first, std::max(first, last)};
+  }
+
+  Window InputWindow(int64_t image, int64_t y, int64_t x) const {
+    const Buffer& b = buffer(s_.sources[0]);
+    const Geometry& g = n_.geometry;
+    const bool whole = n_.op == Op::kGlobalAvgPool;
+    const int64_t rows = whole ? b.shape.height : n_.kernel[0], cols = whole ? b.shape.width : n_.kernel[1];
+    const int64_t top = y * g.stride[0] - g.padding[0], left = x * g.stride[1] - g.padding[1];
+    const auto [r0, r1] = Inside(top, rows, g.dilation[0], b.shape.height);
+    const auto [c0, c1] = Inside(left, cols, g.dilation[1], b.shape.width);
+    Window w{};
+    w.rep = b.rep;
+    w.rows = int(r1 - r0);
+    w.cols = int(c1 - c0);
+    // No tap inside: the loops are empty and `src` is not read.
+    const bool empty = w.rows == 0 || w.cols == 0;
+    w.src = Start(s_.sources[0], image) + (empty ? 0 : b.at(top + r0 * g.dilation[0], left + c0 * g.dilation[1]));
+    w.row_step = g.dilation[0] * b.row();
+    w.col_step = g.dilation[1] * b.pixel;
+    w.blocks = int(RoundUp(s_.shape.channels, kLanes) / kLanes);
+    if (s_.producer == Producer::kDepthwise) {
+      w.w_col_step = w.blocks * kLanes;
+      w.w_row_step = w.w_col_step * n_.kernel[1];
+      const int64_t from = r0 * w.w_row_step + c0 * w.w_col_step;
+      w.integer = s_.integer;
+      if (!empty) w.w = s_.integer ? static_cast<const void*>(s_.depth_weights.data() + from) : s_.float_weights.data() + from;
+    } else {
+      const bool all = whole || n_.count_include_pad;
+      w.scale = 1.0f / float(all ? rows * cols : w.rows * w.cols);
+    }
+    return w;
+  }
+
+  void DepthwiseTile(int64_t image, int64_t y, int64_t x, int64_t pixels) const {
+    for (int64_t p = 0; p < pixels; ++p) {
+      Window w = InputWindow(image, y, x + p);
+      w.out = scratch_ + p * s_.tile_step * 4;
+      k_.depthwise(w);
+    }
+  }
+
+  void PoolTile(int64_t image, int64_t y, int64_t x, int64_t pixels) const {
+    for (int64_t p = 0; p < pixels; ++p) {
+      Window w = InputWindow(image, y, x + p);
+      w.out = scratch_ + p * s_.tile_step * 4;
+      (n_.op == Op::kMaxPool ? k_.max_pool : k_.sum_pool)(w);
+    }
+  }
+
+  template <typename T>
+  void Shuffle(int64_t image, int64_t y, int64_t x, int64_t pixels) const {
+    const int64_t r = n_.factor, channels = s_.shape.channels;
+    for (int64_t p = 0; p < pixels; ++p) {
+      const int64_t i = y % r, j = (x + p) % r;
+      const T* from = reinterpret_cast<const T*>(At(s_.sources[0], image, y / r, (x + p) / r)) + i * r + j;
+      T* to = reinterpret_cast<T*>(scratch_) + p * s_.tile_step;
+      for (int64_t c = 0; c < channels; ++c) to[c] = from[c * r * r];
+    }
+  }
+
+  void ShuffleTile(int64_t image, int64_t y, int64_t x, int64_t pixels) const {
+    return RepSize(s_.tile) == 2 ? Shuffle<uint16_t>(image, y, x, pixels) : Shuffle<uint32_t>(image, y, x, pixels);
+  }
+
+  void ConcatTile(int64_t image, int64_t y, int64_t x, int64_t pixels) const {
+    const int64_t element = RepSize(s_.tile);
+    int64_t channel = 0;
+    for (int id : s_.sources) {
+      const Buffer& b = buffer(id);
+      for (int64_t p = 0; p < pixels; ++p) {
+        char* to = scratch_ + (p * s_.tile_step + channel) * element;
+        std::memcpy(to, At(id, image, y, x + p), size_t(b.shape.channels * element));
+      }
+      channel += b.shape.channels;
+    }
+  }
+
+  const void* FlattenTile(int64_t image) const {
+    const int id = s_.sources[0];
+    const Buffer& b = buffer(id);
+    const char* from = Start(id, image);
+    if (b.pixel == b.shape.channels) return from;
+    const int64_t bytes = b.shape.channels * RepSize(b.rep);
+    for (int64_t p = 0; p < b.shape.height * b.shape.width; ++p) {
+      std::memcpy(scratch_ + p * bytes, from + p * b.pixel * RepSize(b.rep), size_t(bytes));
+    }
+    return scratch_;
+  }
+
+  const Plan& plan_;
+  const PlanStep& s_;
+  const Node& n_;
+  const Kernels& k_;
+  char* values_;
+  int64_t batch_;
+  const void* input_;
+  char* scratch_;
+};
+
+// One image of a buffer, dense and without ring; bits as int16 integers.
+void Unload(const Buffer& b, const char* image, char* out) {
+  const int64_t channels = b.shape.channels;
+  for (int64_t y = 0; y < b.shape.height; ++y) {
+    for (int64_t x = 0; x < b.shape.width; ++x) {
+      const char* at = image + b.at(y, x);
+      if (b.rep == Rep::kBits) {
+        const uint32_t* words = reinterpret_cast<const uint32_t*>(at);
+        int16_t* to = reinterpret_cast<int16_t*>(out);
+        for (int64_t c = 0; c < channels; ++c) to[c] = (words[c / 32] >> (c % 32)) & 1 ? 1 : -1;
+        out += channels * 2;
+      } else {
+        std::memcpy(out, at, size_t(channels * RepSize(b.rep)));
+        out += channels * RepSize(b.rep);
+      }
+    }
+  }
+}
+
+int64_t DenseBytes(const Buffer& b) {
+  return b.shape.height * b.shape.width * b.shape.channels * (b.rep == Rep::kBits ? 2 : RepSize(b.rep));
+}
+
+}  // namespace
+
+struct Engine::Impl {
+  std::shared_ptr<Network> network;
+  Kernels kernels;
+  Plan plan;
+  int threads;
+  std::string isa;
+  std::vector<StepInfo> infos;
+  std::unique_ptr<ThreadPool> pool;
+  std::mutex pool_mutex;   // held for a whole run where there is a pool
+  std::mutex spare_mutex;  // guards `spare`
+  std::vector<std::unique_ptr<Workspace>> spare;
+
+  std::unique_ptr<Workspace> Borrow(int64_t batch) {
+    std::unique_ptr<Workspace> w;
+    {
+      const std::lock_guard lock(spare_mutex);
+      if (!spare.empty()) {
+        w = std::move(spare.back());
+        spare.pop_back();
+      }
+    }
+    if (!w) {
+      w = std::make_unique<Workspace>();
+      for (int t = 0; t < threads; ++t) w->scratch.emplace_back(size_t(plan.scratch));
+    }
+    if (w->batch < batch) {
+      if (plan.workspace > std::numeric_limits<int64_t>::max() / 2 / batch) throw std::bad_alloc();
+      w->values = Aligned<char>();
+      w->batch = 0;
+      w->values = Aligned<char>(size_t(plan.workspace * batch));
+      w->batch = batch;
+    }
+    return w;
+  }
+
+  void Return(std::unique_ptr<Workspace> w) {
+    const std::lock_guard lock(spare_mutex);
+    spare.push_back(std::move(w));
+  }
+
+  void Step(const PlanStep& step, Workspace& w, const void* input, int64_t batch) {
+    const Node& node = network->nodes[size_t(step.node)];
+    const int64_t rows = step.batch_is_row ? (batch + RowRunner::Piece(step) - 1) / RowRunner::Piece(step) : batch * step.shape.height;
+    const auto body = [&](int thread, int64_t first, int64_t last) {
+      RowRunner(plan, step, node, kernels, w.values.data(), batch, input, w.scratch[size_t(thread)].data()).Rows(first, last);
+    };
+    if (!pool) return body(0, 0, rows);
+    pool->Run(rows, std::max<int64_t>(1, rows / (threads * 4)), body);
+  }
+
+  void Report(const Trace& trace, int step, const Workspace& w, int64_t batch) const {
+    for (const Buffer& b : plan.buffers) {
+      if (b.first != step) continue;
+      const int64_t bytes = DenseBytes(b);
+      std::vector<char> dense(size_t(bytes * batch));
+      const char* from = w.values.data() + b.offset * batch;
+      for (int64_t i = 0; i < batch; ++i) Unload(b, from + i * b.image_bytes(), dense.data() + i * bytes);
+      const Node& node = network->nodes[size_t(b.value)];
+      trace(node.name, node.type, dense.data());
+    }
+  }
+};
+
+Engine::Engine(const Builder& builder, const Options& options) : impl_(std::make_unique<Impl>()) {
+  const int cores = int(std::max(1u, std::thread::hardware_concurrency()));
+  if (options.threads < 1 || options.threads > cores) {
+    throw std::invalid_argument("threads must be 1.." + std::to_string(cores) + " on this CPU, got " + std::to_string(options.threads));
+  }
+  const FloatMode mode;
+  impl_->network = std::make_shared<Network>(*builder.network_);
+  impl_->kernels = SelectKernels(options.isa, CpuFeatures());
+  impl_->isa = impl_->kernels.isa;
+  impl_->plan = MakePlan(*impl_->network, impl_->kernels);
+  impl_->threads = options.threads;
+  for (const PlanStep& step : impl_->plan.steps) impl_->infos.push_back(step.info);
+  if (options.threads > 1) impl_->pool = std::make_unique<ThreadPool>(options.threads);
+}
+
+Engine::~Engine() = default;
+Engine::Engine(Engine&&) noexcept = default;
+
+const ValueType& Engine::input_type() const { return impl_->network->nodes.front().type; }
+const ValueType& Engine::output_type() const { return impl_->network->nodes.back().type; }
+const std::string& Engine::isa() const { return impl_->isa; }
+int Engine::threads() const { return impl_->threads; }
+const std::vector<StepInfo>& Engine::plan() const { return impl_->infos; }
+int64_t Engine::workspace_bytes(int64_t batch) const {
+  return impl_->plan.workspace * batch + impl_->plan.scratch * impl_->threads;
+}
+
+void Engine::Run(const void* input, int64_t batch, void* output, const Trace* trace, std::vector<double>* seconds) const {
+  if (batch < 1) throw std::invalid_argument("the batch is empty");
+  Impl& impl = *impl_;
+  std::unique_lock<std::mutex> lock(impl.pool_mutex, std::defer_lock);
+  if (impl.pool) lock.lock();
+  std::unique_ptr<Workspace> w = impl.Borrow(batch);
+  const FloatMode mode;
+  const std::vector<PlanStep>& steps = impl.plan.steps;
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    impl.Step(steps[i], *w, input, batch);
+    if (seconds) (*seconds)[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (trace) impl.Report(*trace, int(i), *w, batch);
+  }
+  const Buffer& out = impl.plan.buffers[size_t(impl.plan.output)];
+  const char* from = w->values.data() + out.offset * batch;
+  for (int64_t i = 0; i < batch; ++i) Unload(out, from + i * out.image_bytes(), static_cast<char*>(output) + i * DenseBytes(out));
+  impl.Return(std::move(w));
+}
+
+int64_t Engine::DebugNudgeThresholds(int delta) {
+  int64_t count = 0;
+  for (PlanStep& s : impl_->plan.steps) {
+    if (!s.threshold) continue;
+    const int64_t channels = s.shape.channels, padded = RoundUp(channels, kLanes);
+    Aligned<int32_t>& limits = s.limit.size() ? s.limit : s.table;
+    for (size_t i = 0; i < limits.size(); ++i) {
+      const bool constant = limits[i] == INT32_MAX || limits[i] == INT32_MIN;
+      if (int64_t(i) % padded >= channels || constant) continue;
+      limits[i] += delta;
+      ++count;
+    }
+  }
+  return count;
+}
+
+std::vector<IsaInfo> Isas() {
+  std::vector<IsaInfo> out;
+  for (const IsaRow& row : IsaRows(CpuFeatures())) out.push_back({row.name, row.available});
+  return out;
+}
+
+}  // namespace lowbit

@@ -1,0 +1,231 @@
+"""Run a Graph on the native engine: `load` a file, call it with NumPy images.
+
+>>> net = load("model.lowbit")
+>>> logits = net(images_uint8)          # (N, H, W, C) -> (N, classes)
+
+The engine computes exactly what `lowbit.interpreter` does, bit for bit (docs/OPS.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any, Final, Literal, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbit import _engine
+from lowbit.graph import Graph, Node, Tensor
+
+Array = NDArray[Any]
+
+_NUMPY: Final[Mapping[str, type[np.generic]]] = {
+    "codes": np.int16,
+    "int32": np.int32,
+    "float32": np.float32,
+    "float16": np.float16,
+}
+
+
+def isas() -> dict[str, bool]:
+    """Every row of kernels, best first, and whether this CPU can run it."""
+    return dict(_engine.isas())
+
+
+def load(source: str | os.PathLike[str] | Graph, threads: int = 1, isa: str | None = None) -> Engine:
+    """An Engine for a `.lowbit` file or a Graph.
+
+    `threads` is 1 up to the number of cores. `isa` forces a row of kernels (see `isas()`; the environment variable
+    LOWBIT_ISA does the same); without it the best one that this CPU has is taken.
+    Raises ValueError for a Graph that breaks a rule, a wrong number of threads and an isa this CPU lacks.
+    """
+    if isinstance(source, Graph):
+        graph = source
+    else:
+        from lowbit.packfile import read
+
+        graph = read(Path(source))
+    return Engine(graph, threads=threads, isa=isa)
+
+
+class Engine:
+    """A Graph made ready for this CPU. Call it with a batch, or with one image.
+
+    Safe to call from several Python threads at once: with ``threads=1`` the calls run side by side, each in its own
+    workspace; with more, the engine's threads serve one call after the other. The GIL is released meanwhile.
+    """
+
+    def __init__(self, graph: Graph, threads: int = 1, isa: str | None = None) -> None:
+        graph.validate()
+        if isinstance(threads, bool) or not isinstance(threads, int):
+            raise ValueError(f"threads must be an integer, got {threads!r}")
+        if isa is None:
+            isa = os.environ.get("LOWBIT_ISA", "")
+        self.meta: Mapping[str, Any] = graph.meta
+        threads = max(-1, min(threads, 2**31 - 1))  # what the engine refuses, it names
+        self._native = _engine.Engine(_build(graph), threads, isa)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one input: (H, W, C) or (C,)."""
+        return self._native.input[1]
+
+    @property
+    def input_dtype(self) -> np.dtype[Any]:
+        """uint8 or float32."""
+        return np.dtype(np.uint8 if self._native.input[0] == "codes" else np.float32)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """The shape of one output."""
+        return self._native.output[1]
+
+    @property
+    def output_dtype(self) -> np.dtype[Any]:
+        """float32, float16, int32, or int16 for codes."""
+        return np.dtype(_NUMPY[self._native.output[0]])
+
+    @property
+    def isa(self) -> str:
+        """The row of kernels in use."""
+        return self._native.isa
+
+    @property
+    def threads(self) -> int:
+        return self._native.threads
+
+    @property
+    def plan(self) -> list[dict[str, Any]]:
+        """The fused steps in order: name, kernel, isa, nodes (covered), values (stored), macs (per image), weight_bytes
+        (as the engine holds them), bytes (written per image)."""
+        return self._native.plan
+
+    def workspace_bytes(self, batch: int = 1) -> int:
+        """Memory one run of `batch` inputs takes."""
+        return self._native.workspace_bytes(batch)
+
+    def __call__(self, x: Array) -> Array:
+        """The network's output for a batch (N, ...) or, without the batch axis, for one input. Codes come as int16."""
+        return self.run(x)
+
+    @overload
+    def run(self, x: Array, trace: Literal[False] = False) -> Array: ...
+
+    @overload
+    def run(self, x: Array, trace: Literal[True]) -> tuple[Array, dict[str, Array]]: ...
+
+    def run(self, x: Array, trace: bool = False) -> Array | tuple[Array, dict[str, Array]]:
+        """As a call; with `trace` also every value that the fused plan stores, by name, as `lowbit.interpreter.run` has it."""
+        batch, single = self._batch(x)
+        out = np.empty((len(batch), *self.output_shape), self.output_dtype)
+        stored = self._native.run(_bytes(batch), len(batch), _bytes(out), trace)
+        result: Array = out[0] if single else out
+        if not trace:
+            return result
+        values: dict[str, Array] = {}
+        for name, dtype, shape, data in stored:
+            value = np.frombuffer(data, _NUMPY[dtype]).reshape(len(batch), *shape)
+            if name in values and not np.array_equal(values[name], value):
+                raise RuntimeError(f"{name}: the engine stored two forms of this value and they differ")
+            values[name] = value[0] if single else value
+        return result, values
+
+    def profile(self, x: Array, repeats: int = 20) -> list[float]:
+        """Seconds that each step of `plan` takes for the batch `x`: medians of `repeats` runs, after one to warm up."""
+        batch, _ = self._batch(x)
+        out = np.empty((len(batch), *self.output_shape), self.output_dtype)
+        runs = [self._native.profile(_bytes(batch), len(batch), _bytes(out)) for _ in range(repeats + 1)]
+        return [median(times) for times in zip(*runs[1:], strict=True)]
+
+    def _batch(self, x: Array) -> tuple[Array, bool]:
+        """`x` as a contiguous batch, and whether it was one input without the batch axis. Raises ValueError."""
+        shape, dtype = self.input_shape, self.input_dtype
+        axes = "height, width, channels" if len(shape) == 3 else "features"
+        want = f"expected {dtype} of shape (N, {', '.join(map(str, shape))}): images, {axes}"
+        if not isinstance(x, np.ndarray):
+            raise ValueError(f"{want}; got a {type(x).__name__}, not a NumPy array")
+        if x.dtype != dtype:
+            raise ValueError(f"{want}; got {x.dtype} of shape {x.shape}")
+        single = x.shape == shape
+        if not single and (x.ndim != len(shape) + 1 or x.shape[1:] != shape):
+            hint = ""
+            if len(shape) == 3 and x.shape[-3:] == (shape[2], shape[0], shape[1]):
+                axes = (1, 2, 0) if x.ndim == 3 else (0, 2, 3, 1)
+                hint = f", which is channels first (NCHW); give channels last: x.transpose{axes}"
+            raise ValueError(f"{want}; got {x.dtype} of shape {x.shape}{hint}")
+        batch = x[None] if single else x
+        if len(batch) == 0:
+            raise ValueError(f"{want}; got an empty batch, shape {x.shape}")
+        if dtype == np.float32 and not np.isfinite(batch).all():
+            raise ValueError("the input holds infinities or NaN")
+        return np.ascontiguousarray(batch), single
+
+
+def _bytes(x: Array) -> Array:
+    return x.reshape(-1).view(np.uint8)
+
+
+# --- Graph -> engine: one line per op ---
+
+
+def _weights(t: Tensor) -> _engine.Weights:
+    if t.codes is None:
+        return _engine.Weights.floats(t.data)
+    return _engine.Weights.codes(t.data, t.codes.kind, t.codes.bits, t.codes.table)
+
+
+def _input(b: _engine.Builder, n: Node, x: list[int], c: Mapping[str, Tensor]) -> int:
+    if n.attrs["dtype"] == "uint8":
+        return b.input_uint8(n.name, n.attrs["shape"], n.attrs["zero_point"])
+    return b.input_float32(n.name, n.attrs["shape"])
+
+
+def _add(b: _engine.Builder, n: Node, x: list[int], c: Mapping[str, Tensor]) -> int:
+    return b.add_values(n.name, *x) if len(x) == 2 else b.add(n.name, x[0], c["term"].data)
+
+
+def _conv2d(b: _engine.Builder, n: Node, x: list[int], c: Mapping[str, Tensor]) -> int:
+    a = n.attrs
+    return b.conv2d(n.name, x[0], _weights(c["weight"]), a["stride"], a["dilation"], a["padding"], a["groups"])
+
+
+def _avg_pool(b: _engine.Builder, n: Node, x: list[int], c: Mapping[str, Tensor]) -> int:
+    a = n.attrs
+    return b.avg_pool(n.name, x[0], a["kernel"], a["stride"], a["padding"], a["count_include_pad"])
+
+
+_BUILD: Final[Mapping[str, Callable[[_engine.Builder, Node, list[int], Mapping[str, Tensor]], int]]] = {
+    "input": _input,
+    "quantize": lambda b, n, x, c: b.quantize(
+        n.name, x[0], n.attrs["kind"], n.attrs["bits"], n.attrs.get("reciprocal", 1.0)
+    ),
+    "conv2d": _conv2d,
+    "linear": lambda b, n, x, c: b.linear(n.name, x[0], _weights(c["weight"])),
+    "mul": lambda b, n, x, c: b.mul(n.name, x[0], c["factor"].data),
+    "add": _add,
+    "prelu": lambda b, n, x, c: b.prelu(n.name, x[0], c["slope"].data),
+    "relu": lambda b, n, x, c: b.relu(n.name, x[0]),
+    "clip": lambda b, n, x, c: b.clip(n.name, x[0], n.attrs["low"], n.attrs["high"]),
+    "cast": lambda b, n, x, c: b.cast(n.name, x[0], n.attrs["dtype"]),
+    "max_pool": lambda b, n, x, c: b.max_pool(
+        n.name, x[0], n.attrs["kernel"], n.attrs["stride"], n.attrs["padding"]
+    ),
+    "avg_pool": _avg_pool,
+    "global_avg_pool": lambda b, n, x, c: b.global_avg_pool(n.name, x[0]),
+    "pixel_shuffle": lambda b, n, x, c: b.pixel_shuffle(n.name, x[0], n.attrs["factor"]),
+    "concat": lambda b, n, x, c: b.concat(n.name, x),
+    "flatten": lambda b, n, x, c: b.flatten(n.name, x[0]),
+    "output": lambda b, n, x, c: b.output(n.name, x[0]),
+}
+
+
+def _build(graph: Graph) -> _engine.Builder:
+    builder = _engine.Builder()
+    values: dict[str, int] = {}
+    for node in graph.nodes:
+        constants = {role: graph.tensors[name] for role, name in node.params.items()}
+        values[node.name] = _BUILD[node.op](builder, node, [values[name] for name in node.inputs], constants)
+    return builder
