@@ -70,6 +70,15 @@ def freeze(model: nn.Module, example_input: Tensor, meta: Mapping[str, Any] | No
     return graph
 
 
+def to_numpy(x: Tensor) -> np.ndarray[Any, Any]:
+    """A batch as a Graph takes it: NHWC where the network has NCHW, C-contiguous."""
+    x = x.detach().cpu()
+    if x.ndim == 4:
+        x = x.permute(0, 2, 3, 1)
+    out: np.ndarray[Any, Any] = np.ascontiguousarray(x.numpy())
+    return out
+
+
 @dataclass(eq=False)
 class _Value:
     """A value of the Graph under construction: its node's name, and the factor and term that are still to be applied to it.

@@ -97,7 +97,7 @@ class Residual(nn.Module):
             raise ValueError(f"Residual adds one or two tensors, got {len(inputs)}")
         out = inputs[0] if len(inputs) == 1 else inputs[0] + inputs[1]
         if self.hard and self.dtype == "float16":
-            return torch.ops.lowbit.round_float16(out.detach() if torch.compiler.is_compiling() else out)  # type: ignore[no-any-return]
+            return torch.ops.lowbit.round_float16(out.detach() if torch.compiler.is_dynamo_compiling() else out)  # type: ignore[no-any-return]
         return out
 
     def extra_repr(self) -> str:
@@ -141,7 +141,7 @@ class QuantLayer(nn.Module):
 
     def _hard(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Input codes, weight codes [O, ...], their joint scale [O] or [], bias: y = conv(codes) * scale + bias."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             x = x.detach()  # else the compiler asks for the gradient that a hard layer does not have
         encoded = self.weight_quantizer.encode(self.weight)
         scale = encoded.scale

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lowbit import interpreter
 from lowbit.graph import Graph
 from lowbit.runtime import Engine
+from lowbit.train.freeze import to_numpy
 from lowbit.train.layers import PixelInput, QuantLayer, Residual
 
 ROOT_FLIP_BOUND = 1e-6
@@ -137,15 +138,6 @@ def prove(
         proof.accuracy_training = right_training / proof.decisions
         proof.accuracy_engine = right_engine / proof.decisions
     return proof
-
-
-def to_numpy(x: Tensor) -> Array:
-    """A batch as the engine takes it: NHWC, C-contiguous, uint8 or float32."""
-    x = x.detach().cpu()
-    if x.ndim == 4:
-        x = x.permute(0, 2, 3, 1)
-    out: Array = np.ascontiguousarray(x.numpy())
-    return out
 
 
 def _bits(x: Array) -> Array:
