@@ -348,6 +348,13 @@ def _weight(codes: Tensor, kind: Codes | None) -> lg.Tensor:
     return lg.Tensor(data.to(torch.int16).numpy(), kind)
 
 
+def _weight_type(layer: QuantLayer, node: FxNode) -> Codes | None:
+    try:
+        return layer.weight_quantizer.type
+    except ValueError as e:
+        raise FreezeError(f"{_label(node)}: {e}") from None
+
+
 # --- one function per op of the exported graph ---
 
 _HANDLERS: dict[Any, Callable[[_Freezer, FxNode], Any]] = {}
@@ -397,11 +404,11 @@ def _lowbit_conv2d(f: _Freezer, node: FxNode) -> _Value:
     x, _w, scale, bias, stride, padding, dilation, groups, _limit = node.args
     layer = f._layer(node)
     v = f.env[x] if f.env[x].codes else f.value(x, node)
-    encoded = layer.weight_quantizer.encode(layer.weight)
+    encoded, kind = layer.weight_quantizer.encode(layer.weight), _weight_type(layer, node)
     attrs = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups}
-    weight = _weight(encoded.codes, encoded.type)
+    weight = _weight(encoded.codes, kind)
     name = f._emit("conv2d", _label(node), (v.name,), {"weight": weight}, attrs)
-    return _after_product(f, node, name, v.codes and encoded.type is not None, scale, bias)
+    return _after_product(f, node, name, v.codes and kind is not None, scale, bias)
 
 
 @_handles(torch.ops.lowbit.linear.default)
@@ -409,10 +416,10 @@ def _lowbit_linear(f: _Freezer, node: FxNode) -> _Value:
     x, _w, scale, bias, _limit = node.args
     layer = f._layer(node)
     v = f.env[x] if f.env[x].codes else f.value(x, node)
-    encoded = layer.weight_quantizer.encode(layer.weight)
+    encoded, kind = layer.weight_quantizer.encode(layer.weight), _weight_type(layer, node)
     codes = encoded.codes if v.order is None else encoded.codes[:, torch.from_numpy(v.order)]
-    name = f._emit("linear", _label(node), (v.name,), {"weight": _weight(codes, encoded.type)})
-    return _after_product(f, node, name, v.codes and encoded.type is not None, scale, bias)
+    name = f._emit("linear", _label(node), (v.name,), {"weight": _weight(codes, kind)})
+    return _after_product(f, node, name, v.codes and kind is not None, scale, bias)
 
 
 @_handles(aten.conv2d.default, aten.conv2d.padding, aten.convolution.default)

@@ -43,12 +43,11 @@ ACTIVATIONS: Registry[type[ActivationQuantizer]] = Registry(
 class Encoded:
     """Quantized numbers: ``value = scale * code``.
 
-    `codes` is a float32 tensor of integers; `type` says which integers they may be, and is None for float weights
-    (then `codes` holds the weights themselves). `scale` is float32: one number or one per output channel.
+    `codes` is a float32 tensor of integers, whose type the quantizer tells (float weights stand for themselves);
+    `scale` is float32: one number or one per output channel.
     """
 
     codes: Tensor
-    type: Codes | None
     scale: Tensor
 
     def decode(self) -> Tensor:
@@ -77,6 +76,11 @@ class WeightQuantizer(nn.Module):
             names = ", ".join(map(str, self.allowed_bits))
             raise ValueError(f"{type(self).__name__} has {names} weight bits, not {bits!r}")
         self.bits = bits
+
+    @property
+    def type(self) -> Codes | None:
+        """Kind and bits of the codes; None for float weights."""
+        raise NotImplementedError
 
     def latent(self, weight: Tensor) -> Tensor:
         """The trainable tensor to start from, given float weights of shape [O, ...]."""

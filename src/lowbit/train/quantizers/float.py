@@ -14,8 +14,12 @@ class Float(WeightQuantizer):
 
     allowed_bits = (32,)
 
+    @property
+    def type(self) -> None:
+        return None
+
     def fake(self, latent: Tensor) -> Tensor:
         return latent
 
     def encode(self, latent: Tensor) -> Encoded:
-        return Encoded(latent.detach().float(), None, torch.ones((), device=latent.device))
+        return Encoded(latent.detach().float(), torch.ones((), device=latent.device))

@@ -28,6 +28,10 @@ class Int8(WeightQuantizer):
 
     allowed_bits = (8,)
 
+    @property
+    def type(self) -> Codes:
+        return Codes("signed", 8)
+
     def _scale(self, latent: Tensor) -> Tensor:
         return torch.clamp(latent.detach().float().flatten(1).abs().amax(dim=1), min=_TINY) / 127
 
@@ -39,7 +43,7 @@ class Int8(WeightQuantizer):
         scale = self._scale(latent)
         reciprocal = (1 / scale).view(-1, *[1] * (latent.ndim - 1))
         codes = torch.round(latent.detach().float() * reciprocal)
-        return Encoded(codes, Codes("signed", 8), scale)
+        return Encoded(codes, scale)
 
 
 @ACTIVATIONS.register("int8")

@@ -62,12 +62,16 @@ class SignSTE(WeightQuantizer):
 
     allowed_bits = (1,)
 
+    @property
+    def type(self) -> Codes:
+        return Codes("bipolar", 1)
+
     def fake(self, latent: Tensor) -> Tensor:
         out: Tensor = _SignIdentity.apply(latent)  # type: ignore[no-untyped-call]
         return out
 
     def encode(self, latent: Tensor) -> Encoded:
-        return Encoded(sign(latent.detach().float()), Codes("bipolar", 1), torch.ones((), device=latent.device))
+        return Encoded(sign(latent.detach().float()), torch.ones((), device=latent.device))
 
 
 @ACTIVATIONS.register("sign")

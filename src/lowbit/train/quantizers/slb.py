@@ -84,26 +84,35 @@ class SLB(WeightQuantizer):
         values = self._codes * self._scale if self.values is None else self.values
         return torch.tensordot(values, probabilities, dims=1)
 
+    @property
+    def type(self) -> Codes:
+        if self.values is None:
+            return Codes("bipolar", self.bits)
+        table = tuple(int(v) for v in self._table()[0])
+        if len(set(table)) < len(table):
+            raise ValueError(
+                f"two learned values of SLB fell together: {table} (in 127ths of the largest). "
+                "Train with fewer bits, or with learn_values=False."
+            )
+        return Codes("table", self.bits, table=table)
+
+    def _table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The learned values as ascending integers, the rank of each value among them, and their scale."""
+        assert self.values is not None
+        values, order = self.values.detach().float().sort()
+        scale = torch.clamp(values.abs().amax(), min=1e-8) / 127
+        return torch.round(values / scale), order.argsort(), scale
+
     def encode(self, latent: Tensor) -> Encoded:
         latent = latent.detach()
-        one_bit = Codes("bipolar", 1)
         if self.bits == 1:
-            return Encoded(torch.where(latent >= 0, 1.0, -1.0), one_bit, torch.ones((), device=latent.device))
+            return Encoded(torch.where(latent >= 0, 1.0, -1.0), torch.ones((), device=latent.device))
         # argmax from the top: ties go to the larger value
         index = (2**self.bits - 1) - latent.flip(0).argmax(dim=0)
         if self.values is None:
-            return Encoded(self._codes[index], Codes("bipolar", self.bits), self._scale)
-        values, order = self.values.detach().float().sort()
-        scale = torch.clamp(values.abs().amax(), min=1e-8) / 127
-        table = torch.round(values / scale)
-        codes = table[order.argsort()[index]]
-        distinct = tuple(int(v) for v in table)
-        if len(set(distinct)) < len(distinct):
-            raise ValueError(
-                f"two learned values of SLB fell together: {distinct} (in 127ths of the largest). "
-                "Train with fewer bits, or with learn_values=False."
-            )
-        return Encoded(codes, Codes("table", self.bits, table=distinct), scale)
+            return Encoded(self._codes[index], self._scale)
+        table, rank, scale = self._table()
+        return Encoded(table[rank[index]], scale)
 
     def sharpen(self) -> None:
         self.temperature.fill_(1e12)
