@@ -1,0 +1,755 @@
+"""Speed, side by side: the engine beside ONNX Runtime's float32 of the same network, in one process on the same cores.
+
+Every comparison alternates between the two, so that both see the same machine, and reports medians, the spread of the
+samples and of the ratios of neighbouring samples, and says so where the machine is too noisy to tell. Needs the extra
+``lowbit[bench]``.
+
+``python -m lowbit.bench`` measures one binary convolution and one SLB training step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from lowbit.bits import Codes
+from lowbit.files import write_atomic
+from lowbit.graph import Graph, Node, Tensor, ValueType
+from lowbit.inspect import macs
+from lowbit.machine import machine, versions
+from lowbit.packfile import read
+from lowbit.runtime import Engine, load
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FORMAT: Final = 1
+NOISY: Final = 0.25
+"""Above this (p90 - p10) / median of the ratios of neighbouring samples, a result comes with a warning."""
+
+CONV_GOAL: Final = 8.0
+STEP_GOAL: Final = 1.2
+_SLOT: Final = 0.004  # seconds that one sample lasts at least
+
+Array = NDArray[Any]
+
+
+# --------------------------------------------------------------------------------------------- the float twin
+
+
+def float_twin(graph: Graph, batch: int = 1) -> onnx.ModelProto:
+    """The same topology in float32, as ONNX Runtime likes it best: NCHW, fixed batch, everything folded that can be.
+
+    Weights are the decoded codes; the factor and term behind a convolution go into its weights and bias. `quantize` is
+    the activation function of the float network: ReLU for 1 bit, a clip at 0 and the largest code for unsigned codes;
+    signed 8-bit codes and casts vanish. The input is float32: the pixel minus its zero point.
+
+    Args:
+        graph: any Graph.
+        batch: images in a run.
+
+    Returns:
+        A checked model with the input ``input`` and the output ``output``.
+    """
+    return _Twin(graph, batch).build()
+
+
+class _Twin:
+    """Builds a model node by node. A value may stand for ``scale`` times the tensor that holds it, so that the step of
+    quantized codes lands in the next layer's weights."""
+
+    def __init__(self, graph: Graph, batch: int) -> None:
+        self.graph, self.batch = graph, batch
+        self.types = graph.validate()
+        self.users: dict[str, list[Node]] = {}
+        for node in graph.nodes:
+            for name in node.inputs:
+                self.users.setdefault(name, []).append(node)
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+        self.value: dict[str, str] = {}
+        self.scale: dict[str, float] = {}
+
+    def build(self) -> onnx.ModelProto:
+        for node in self.graph.nodes:
+            if node.name not in self.value:
+                getattr(self, f"_{node.op}")(node)
+        first, last = self.types[self.graph.input.name], self.types[self.graph.output.name]
+        model = helper.make_model(
+            helper.make_graph(
+                self.nodes,
+                "float_twin",
+                [helper.make_tensor_value_info("input", TensorProto.FLOAT, self._shape(first))],
+                [helper.make_tensor_value_info("output", TensorProto.FLOAT, self._shape(last))],
+                self.constants,
+            ),
+            opset_imports=[helper.make_opsetid("", 18)],
+            ir_version=9,
+        )
+        onnx.checker.check_model(model)
+        return model
+
+    def _shape(self, t: ValueType) -> list[int]:
+        return [self.batch, t.shape[2], t.shape[0], t.shape[1]] if len(t.shape) == 3 else [self.batch, *t.shape]
+
+    def _constant(self, name: str, data: Array) -> str:
+        self.constants.append(numpy_helper.from_array(np.ascontiguousarray(data), name))
+        return name
+
+    def _per_channel(self, node: Node, role: str) -> str:
+        data = self.graph.tensors[node.params[role]].data
+        image = len(self.types[node.name].shape) == 3
+        return self._constant(f"{node.name}:{role}", data.reshape(-1, 1, 1) if image else data)
+
+    def _emit(self, op: str, node: Node, inputs: Sequence[str], scale: float = 1.0, **attributes: Any) -> None:
+        self.nodes.append(helper.make_node(op, list(inputs), [node.name + ":out"], node.name, **attributes))
+        self.value[node.name], self.scale[node.name] = node.name + ":out", scale
+
+    def _alias(self, node: Node, scale: float | None = None) -> None:
+        source = node.inputs[0]
+        self.value[node.name] = self.value[source]
+        self.scale[node.name] = self.scale[source] if scale is None else scale
+
+    def _plain(self, name: str) -> str:
+        """The tensor of a value with its scale applied."""
+        if self.scale[name] != 1.0:
+            factor = self._constant(f"{name}:scale", np.array(self.scale[name], np.float32))
+            self.nodes.append(helper.make_node("Mul", [self.value[name], factor], [name + ":scaled"]))
+            self.value[name], self.scale[name] = name + ":scaled", 1.0
+        return self.value[name]
+
+    # one method per op
+
+    def _input(self, node: Node) -> None:
+        self.value[node.name], self.scale[node.name] = "input", 1.0
+
+    def _output(self, node: Node) -> None:
+        self.nodes.append(helper.make_node("Identity", [self._plain(node.inputs[0])], ["output"], node.name))
+        self.value[node.name], self.scale[node.name] = "output", 1.0
+
+    def _quantize(self, node: Node) -> None:
+        x = self._plain(node.inputs[0])
+        if node.attrs["kind"] == "bipolar":
+            self._emit("Relu", node, [x])
+        elif node.attrs["kind"] == "unsigned":
+            reciprocal = float(node.attrs["reciprocal"])
+            low = self._constant(f"{node.name}:low", np.array(0, np.float32))
+            high = self._constant(f"{node.name}:high", np.array((2 ** node.attrs["bits"] - 1) / reciprocal, np.float32))
+            self._emit("Clip", node, [x, low, high], reciprocal)
+        else:
+            self._alias(node, float(node.attrs["reciprocal"]))
+
+    def _folded(self, node: Node) -> tuple[Array, Array, str]:
+        """Weights and bias with the factors and terms behind the node, and the name of the last of these."""
+        weight = self.graph.tensors[node.params["weight"]].data.astype(np.float64) * self.scale[node.inputs[0]]
+        bias = np.zeros(len(weight))
+        last = node.name
+        while len(self.users[last]) == 1:
+            after = self.users[last][0]
+            if after.op == "mul":
+                factor = self.graph.tensors[after.params["factor"]].data.astype(np.float64)
+                weight, bias = (weight.T * factor).T, bias * factor
+            elif after.op == "add" and "term" in after.params:
+                bias = bias + self.graph.tensors[after.params["term"]].data
+            else:
+                break
+            last = after.name
+        return weight.astype(np.float32), bias.astype(np.float32), last
+
+    def _product(self, op: str, node: Node, layout: tuple[int, ...], **attributes: Any) -> None:
+        weight, bias, last = self._folded(node)
+        inputs = [self.value[node.inputs[0]], self._constant(f"{node.name}:weight", weight.transpose(layout))]
+        inputs.append(self._constant(f"{node.name}:bias", bias))
+        self._emit(op, node, inputs, **attributes)
+        name = node.name
+        while name != last:
+            name = self.users[name][0].name
+            self.value[name], self.scale[name] = self.value[node.name], 1.0
+
+    def _conv2d(self, node: Node) -> None:
+        self._product(
+            "Conv",
+            node,
+            (0, 3, 1, 2),
+            strides=list(node.attrs["stride"]),
+            pads=list(node.attrs["padding"]),
+            dilations=list(node.attrs["dilation"]),
+            group=node.attrs["groups"],
+        )
+
+    def _linear(self, node: Node) -> None:
+        self._product("Gemm", node, (0, 1), transB=1)
+
+    def _mul(self, node: Node) -> None:
+        self._emit("Mul", node, [self._plain(node.inputs[0]), self._per_channel(node, "factor")])
+
+    def _add(self, node: Node) -> None:
+        inputs = [self._plain(name) for name in node.inputs]
+        self._emit("Add", node, inputs if len(inputs) == 2 else [*inputs, self._per_channel(node, "term")])
+
+    def _prelu(self, node: Node) -> None:
+        self._emit("PRelu", node, [self._plain(node.inputs[0]), self._per_channel(node, "slope")])
+
+    def _relu(self, node: Node) -> None:
+        self._emit("Relu", node, [self._plain(node.inputs[0])])
+
+    def _clip(self, node: Node) -> None:
+        ends = [self._constant(f"{node.name}:{k}", np.array(node.attrs[k], np.float32)) for k in ("low", "high")]
+        self._emit("Clip", node, [self._plain(node.inputs[0]), *ends])
+
+    def _cast(self, node: Node) -> None:
+        self._alias(node)
+
+    def _pool(self, op: str, node: Node, **attributes: Any) -> None:
+        source = node.inputs[0]
+        attributes |= {k + "s": list(node.attrs[k]) for k in ("stride",)} | {"pads": list(node.attrs["padding"])}
+        self._emit(
+            op, node, [self.value[source]], self.scale[source], kernel_shape=list(node.attrs["kernel"]), **attributes
+        )
+
+    def _max_pool(self, node: Node) -> None:
+        self._pool("MaxPool", node)
+
+    def _avg_pool(self, node: Node) -> None:
+        self._pool("AveragePool", node, count_include_pad=int(node.attrs["count_include_pad"]))
+
+    def _global_avg_pool(self, node: Node) -> None:
+        self._emit("GlobalAveragePool", node, [self.value[node.inputs[0]]], self.scale[node.inputs[0]])
+
+    def _pixel_shuffle(self, node: Node) -> None:
+        source = node.inputs[0]
+        self._emit(
+            "DepthToSpace", node, [self.value[source]], self.scale[source], blocksize=node.attrs["factor"], mode="CRD"
+        )
+
+    def _concat(self, node: Node) -> None:
+        self._emit("Concat", node, [self._plain(name) for name in node.inputs], axis=1)
+
+    def _flatten(self, node: Node) -> None:
+        source = node.inputs[0]
+        x = self.value[source]
+        if self.types[source].shape[:2] != (1, 1):  # the Graph flattens H, W, C
+            self.nodes.append(helper.make_node("Transpose", [x], [node.name + ":nhwc"], perm=[0, 2, 3, 1]))
+            x = node.name + ":nhwc"
+        self._emit("Flatten", node, [x], self.scale[source])
+
+
+def _layer_graph(graph: Graph, node: Node, types: dict[str, ValueType]) -> Graph:
+    """One convolution or linear layer of `graph` alone, float32, with bias and ReLU."""
+    weight = graph.tensors[node.params["weight"]]
+    tensors = {
+        "weight": Tensor(weight.data.astype(np.float32) / np.float32(weight.data[0].size)),
+        "term": Tensor(np.full(len(weight.data), 0.1, np.float32)),
+    }
+    nodes = (
+        Node("input", "input", attrs={"shape": types[node.inputs[0]].shape, "dtype": "float32"}),
+        Node(node.op, "layer", ("input",), {"weight": "weight"}, node.attrs),
+        Node("add", "add", ("layer",), {"term": "term"}),
+        Node("relu", "relu", ("add",)),
+        Node("output", "output", ("relu",)),
+    )
+    return Graph(nodes, tensors)
+
+
+def _session(model: onnx.ModelProto, threads: int, seed: int = 0) -> Callable[[], None]:
+    """A function that runs `model` once in ONNX Runtime: every optimisation on, buffers bound beforehand."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    x = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("input", onnxruntime.OrtValue.ortvalue_from_numpy(x))
+    binding.bind_output("output")
+
+    def run() -> None:
+        session.run_with_iobinding(binding)
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------- measuring
+
+
+def _empty_session(threads: int) -> Callable[[], None]:
+    """A call of ONNX Runtime that computes nothing: what a call costs by itself."""
+    nodes = (Node("input", "input", attrs={"shape": (1,), "dtype": "float32"}), Node("output", "output", ("input",)))
+    return _session(float_twin(Graph(nodes, {})), threads)
+
+
+def _seconds(run: Callable[[], object], calls: int) -> float:
+    """Median of a few calls."""
+    samples = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - start)
+    return float(np.median(samples))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median, 10th and 90th percentile of the samples."""
+
+    median: float
+    p10: float
+    p90: float
+    samples: int
+
+    @staticmethod
+    def of(seconds: Sequence[float]) -> Timing:
+        """From one number per sample."""
+        p10, median, p90 = (float(v) for v in np.percentile(seconds, [10, 50, 90]))
+        return Timing(median, p10, p90, len(seconds))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Ours beside theirs. `ratio` is theirs / ours, of the medians; `p10`, `p90` of neighbouring samples'."""
+
+    ours: Timing
+    theirs: Timing
+    ratio: float
+    p10: float
+    p90: float
+
+    @staticmethod
+    def of(ours: Sequence[float], theirs: Sequence[float]) -> Comparison:
+        """From samples that were taken in turn."""
+        a, b = Timing.of(ours), Timing.of(theirs)
+        low, high = np.percentile(np.asarray(theirs) / np.asarray(ours), [10, 90])
+        return Comparison(a, b, b.median / a.median, float(low), float(high))
+
+    @property
+    def noise(self) -> float:
+        """Spread of the ratios of neighbouring samples, as a share of the ratio."""
+        return (self.p90 - self.p10) / self.ratio
+
+    def warnings(self, what: str) -> list[str]:
+        """One sentence where the machine was too busy to believe the numbers."""
+        if self.noise <= NOISY:
+            return []
+        return [
+            f"{what}: noisy: the ratio of neighbouring samples goes from {self.p10:.2f} to {self.p90:.2f}; "
+            "close other programs and repeat"
+        ]
+
+
+@contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """Keep this thread, and those it starts, on the first `threads` cores it may use.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    if not 1 <= threads <= len(allowed):
+        raise ValueError(f"threads = {threads}, but this process may use {len(allowed)} cores")
+    os.sched_setaffinity(0, sorted(allowed)[:threads])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def alternate(first: Callable[[], object], second: Callable[[], object], repeats: int) -> Comparison:
+    """Time two functions in turn, `repeats` samples each.
+
+    A sample is the mean of as many calls as fill a few milliseconds, after one that is not counted.
+    """
+    functions = (first, second)
+    counts = []
+    for f in functions:
+        f()
+        start = time.perf_counter()
+        f()
+        counts.append(max(1, round(_SLOT / max(time.perf_counter() - start, 1e-7))))
+    samples: tuple[list[float], list[float]] = ([], [])
+    for turn in range(repeats):
+        for which in (0, 1) if turn % 2 == 0 else (1, 0):
+            f = functions[which]
+            f()
+            start = time.perf_counter()
+            for _ in range(counts[which]):
+                f()
+            samples[which].append((time.perf_counter() - start) / counts[which])
+    return Comparison.of(*samples)
+
+
+def _example(engine: Engine, batch: int, seed: int = 0) -> Array:
+    rng = np.random.default_rng(seed)
+    shape = (batch, *engine.input_shape)
+    if np.dtype(engine.input_dtype) == np.uint8:
+        return rng.integers(0, 256, shape, np.uint8)
+    return rng.standard_normal(shape, np.float32)
+
+
+# --------------------------------------------------------------------------------------------- what is measured
+
+
+def bench_file(
+    path: str | os.PathLike[str],
+    threads: int = 1,
+    isa: str | None = None,
+    batch: int = 1,
+    repeats: int = 30,
+    layers: bool = True,
+) -> dict[str, Any]:
+    """The network in a file, whole and layer by layer, beside ONNX Runtime's float32 of the same network.
+
+    Args:
+        path: a .lowbit file.
+        threads: of both; both are pinned to as many cores.
+        isa: the engine's instruction set; None for the best there is.
+        batch: images in a call.
+        repeats: samples of each.
+        layers: measure every step of the engine too. ONNX Runtime's are models of one convolution with bias and ReLU,
+            less the time of an empty call.
+
+    Returns:
+        Plain JSON: ``file, network, isa, threads, batch, machine, versions, whole, layers, warnings``. Seconds are of
+        one call, so of `batch` images.
+
+    Raises:
+        FileError: not a lowbit file. ValueError: more threads than cores, an unknown isa.
+    """
+    if batch < 1 or repeats < 2:
+        raise ValueError(f"batch = {batch} must be at least 1, repeats = {repeats} at least 2")
+    graph = read(path)
+    with pinned(threads):
+        engine = load(graph, threads=threads, isa=isa)
+        x = _example(engine, batch)
+        whole = alternate(lambda: engine(x), _session(float_twin(graph, batch), threads), repeats)
+        rows = _bench_layers(graph, engine, x, threads, repeats) if layers else []
+    return {
+        "format": FORMAT,
+        "file": Path(path).name,
+        "network": graph.meta.get("recipe", ""),
+        "isa": engine.isa,
+        "threads": threads,
+        "batch": batch,
+        "machine": machine(),
+        "versions": versions("lowbit", "numpy", "onnxruntime"),
+        "whole": asdict(whole),
+        "layers": rows,
+        "warnings": whole.warnings("whole network"),
+    }
+
+
+def _bench_layers(graph: Graph, engine: Engine, x: Array, threads: int, repeats: int) -> list[dict[str, Any]]:
+    """One row for each step of the plan; steps with a convolution or linear layer beside ONNX Runtime's."""
+    types = graph.validate()
+    nodes = {node.name: node for node in graph.nodes}
+    heads = [
+        next((nodes[n] for n in step["nodes"] if nodes[n].op in ("conv2d", "linear")), None) for step in engine.plan
+    ]
+    theirs = [
+        _session(float_twin(_layer_graph(graph, head, types), len(x)), threads) if head else None for head in heads
+    ]
+    empty, overhead = _empty_session(threads), []
+    ours_seconds: list[list[float]] = [[] for _ in heads]
+    theirs_seconds: list[list[float]] = [[] for _ in heads]
+    for run in (empty, *theirs):
+        if run:
+            run()
+    for _ in range(max(repeats // 2, 3)):
+        for seconds, value in zip(ours_seconds, engine.profile(x, 5), strict=True):
+            seconds.append(value)
+        overhead.append(_seconds(empty, 5))
+        for run, seconds in zip(theirs, theirs_seconds, strict=True):
+            if run:
+                seconds.append(_seconds(run, 5))
+    less = float(np.percentile(overhead, 10))
+    theirs_seconds = [[max(value - less, 1e-9) for value in seconds] for seconds in theirs_seconds]
+    total = sum(float(np.median(seconds)) for seconds in ours_seconds)
+    rows = []
+    for step, head, a, b in zip(engine.plan, heads, ours_seconds, theirs_seconds, strict=True):
+        compared = Comparison.of(a, b) if head else None
+        median = float(np.median(a))
+        rows.append(
+            {
+                "name": head.name if head else step["name"],
+                "kernel": step["kernel"],
+                "isa": step["isa"],
+                "nodes": list(step["nodes"]),
+                "macs": macs(graph, head, types) if head else 0,
+                "seconds": median,
+                "share": median / total if total else 0.0,
+                "theirs_seconds": compared.theirs.median if compared else None,
+                "ratio": compared.ratio if compared else None,
+                "noisy": bool(compared and compared.noise > NOISY),
+            }
+        )
+    return rows
+
+
+def conv_graph(channels: int = 64, side: int = 56, seed: int = 0) -> Graph:
+    """Two W1A1 3x3 convolutions in a row with batch norm and sign behind each: the first one is bits in, bits out."""
+    rng = np.random.default_rng(seed)
+    binary = Codes("bipolar", 1)
+    conv = {"stride": (1, 1), "dilation": (1, 1), "padding": (1, 1, 1, 1), "groups": 1}
+    sign = {"kind": "bipolar", "bits": 1}
+    nodes = [
+        Node("input", "input", attrs={"shape": (side, side, channels), "dtype": "float32"}),
+        Node("quantize", "sign0", ("input",), attrs=sign),
+    ]
+    tensors = {}
+    for i, source in ((1, "sign0"), (2, "sign1")):
+        nodes += [
+            Node("conv2d", f"conv{i}", (source,), {"weight": f"weight{i}"}, conv),
+            Node("mul", f"mul{i}", (f"conv{i}",), {"factor": f"factor{i}"}),
+            Node("add", f"add{i}", (f"mul{i}",), {"term": f"term{i}"}),
+            Node("quantize", f"sign{i}", (f"add{i}",), attrs=sign),
+        ]
+        weight = rng.choice(np.array([-1, 1], np.int16), (channels, 3, 3, channels))
+        tensors[f"weight{i}"] = Tensor(weight, binary)
+        tensors[f"factor{i}"] = Tensor(rng.uniform(-0.1, 0.1, channels).astype(np.float32))
+        tensors[f"term{i}"] = Tensor(rng.standard_normal(channels).astype(np.float32))
+    nodes.append(Node("output", "output", ("sign2",)))
+    return Graph(tuple(nodes), tensors)
+
+
+def bench_conv(
+    channels: int = 64, side: int = 56, threads: int = 1, isa: str | None = None, repeats: int = 40
+) -> dict[str, Any]:
+    """One W1A1 3x3 convolution with batch norm and sign, bits to bits, beside ONNX Runtime's float32 with ReLU.
+
+    The engine's time is that of the one fused step. Returns plain JSON, as `bench_file` does.
+    """
+    graph = conv_graph(channels, side)
+    types = graph.validate()
+    node = next(n for n in graph.nodes if n.name == "conv1")
+    with pinned(threads):
+        engine = load(graph, threads=threads, isa=isa)
+        at, step = next((i, s) for i, s in enumerate(engine.plan) if node.name in s["nodes"])
+        x = _example(engine, 1)
+        theirs = _session(float_twin(_layer_graph(graph, node, types)), threads)
+        theirs()
+        ours_seconds, theirs_seconds = [], []
+        for _ in range(repeats):
+            ours_seconds.append(engine.profile(x, 10)[at])
+            theirs_seconds.append(_seconds(theirs, 4))
+    found = Comparison.of(ours_seconds, theirs_seconds)
+    count = macs(graph, node, types)
+    return {
+        "layer": f"W1A1 3x3, {channels} channels, {side}x{side}",
+        "macs": count,
+        "gmacs_per_second": count / found.ours.median / 1e9,
+        "kernel": step["kernel"],
+        "isa": step["isa"],
+        "threads": threads,
+        **asdict(found),
+        "warnings": found.warnings("convolution"),
+    }
+
+
+def bench_training_step(repeats: int = 20, batch_size: int = 50, threads: int = 1) -> dict[str, Any]:
+    """One training step of the demo's network (forward, backward, SGD, temperature): SLB with 1-bit weights and
+    activations beside the float network with ReLU in place of sign. Needs the extra ``lowbit[train]``.
+
+    `ours` is the SLB step, `theirs` the float step, `slowdown` ours / theirs.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from lowbit.train import Schedule, parameter_groups
+    from lowbit.train.recipe import parse_recipe
+    from lowbit.train.rundir import InputSpec
+    from lowbit.train.trainer import build_network
+
+    spec = InputSpec(1, 28, 28, (73,), 1 / 90, tuple(map(str, range(10))))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (batch_size, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.randint(0, 10, (batch_size,), generator=generator)
+
+    def step_of(nonlinearity: str, quantize: dict[str, Any]) -> Callable[[], None]:
+        recipe = parse_recipe(
+            {
+                "name": "bench",
+                "model": {"name": "bireal_resnet14", "nonlinearity": nonlinearity},
+                "data": {"name": "fashion_mnist"},
+                "quantize": quantize,
+            }
+        )
+        model = build_network(recipe, spec).train()
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        groups = parameter_groups(model, lr=1e-3, weight_decay=0.0, latent_lr_scale=10.0, latent_weight_decay=0.0)
+        optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, fused=True)
+        schedule = Schedule(model, total_steps=1000)
+
+        def step() -> None:
+            schedule.step(100)
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+        return step
+
+    slb = step_of("none", {"method": "slb", "weight_bits": 1, "activation_bits": 1, "residual_dtype": "float16"})
+    plain = step_of("relu", {"method": "float", "weight_bits": 32, "activation_bits": 32, "edges": "float"})
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with pinned(threads):
+            found = alternate(slb, plain, repeats)
+    finally:
+        torch.set_num_threads(before)
+    return {
+        "step": f"bireal_resnet14, batch {batch_size}",
+        "threads": threads,
+        **asdict(found),
+        "slowdown": found.ours.median / found.theirs.median,
+        "warnings": found.warnings("training step"),
+    }
+
+
+# --------------------------------------------------------------------------------------------- showing
+
+
+def digits(value: float) -> str:
+    """Three digits that count."""
+    return (
+        f"{value:,.0f}"
+        if value >= 100
+        else f"{value:.1f}"
+        if value >= 10
+        else f"{value:.2f}"
+        if value >= 1
+        else f"{value:.3f}"
+    )
+
+
+def whole_table(result: dict[str, Any]) -> Table:
+    """`bench_file`'s whole network, for a terminal."""
+    from rich.table import Table
+
+    whole, batch = result["whole"], result["batch"]
+    title = f"{result['file']}: {result['threads']} thread{'s'[: result['threads'] > 1]}, batch {batch}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in ("ms per image", "p10", "p90", "images/s"):
+        table.add_column(heading, justify="right")
+    ort = f"ONNX Runtime {result['versions'].get('onnxruntime', '')} float32"
+    for name, timing in ((f"lowbit, {result['isa']}", whole["ours"]), (ort, whole["theirs"])):
+        cells = [digits(1e3 * timing[key] / batch) for key in ("median", "p10", "p90")]
+        table.add_row(name, *cells, f"{batch / timing['median']:,.0f}")
+    table.add_section()
+    table.add_row("times faster", f"[bold]{whole['ratio']:.2f}[/]", f"{whole['p10']:.2f}", f"{whole['p90']:.2f}", "")
+    return table
+
+
+def layers_table(result: dict[str, Any]) -> Table:
+    """`bench_file`'s layers, for a terminal."""
+    from rich.table import Table
+
+    table = Table(title=f"steps, microseconds per image of a batch of {result['batch']}", title_justify="left")
+    table.add_column("step", overflow="fold")
+    table.add_column("kernel")
+    for heading in ("MMAC", "µs", "share", "GMAC/s", "ORT µs", "faster"):
+        table.add_column(heading, justify="right")
+    for row in result["layers"]:
+        per_image = row["seconds"] / result["batch"]
+        compared = row["ratio"] is not None
+        table.add_row(
+            row["name"],
+            f"{row['kernel']} {row['isa']}",
+            f"{row['macs'] / 1e6:.2f}" if row["macs"] else "",
+            digits(1e6 * per_image),
+            f"{row['share']:.0%}",
+            f"{row['macs'] / per_image / 1e9:.0f}" if row["macs"] and per_image else "",
+            digits(1e6 * row["theirs_seconds"] / result["batch"]) if compared else "",
+            f"{row['ratio']:.1f}{' ~' if row['noisy'] else ''}" if compared else "",
+        )
+    return table
+
+
+def _goal_table(conv: dict[str, Any], step: dict[str, Any] | None) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title=f"{machine()['processor']}, {conv['threads']} thread{'s'[: conv['threads'] > 1]}", title_justify="left"
+    )
+    table.add_column("")
+    for heading in ("lowbit", "float32", "", "goal"):
+        table.add_column(heading, justify="right")
+
+    def add(name: str, found: dict[str, Any], result: str, spread: tuple[float, float], goal: str, good: bool) -> None:
+        times = [f"{digits(1e3 * found[side]['median'])} ms" for side in ("ours", "theirs")]
+        verdict = "[green]reached[/]" if good else "[red]missed[/]"
+        table.add_row(
+            name, *times, f"[bold]{result}[/]\n[dim]{spread[0]:.2f} .. {spread[1]:.2f}[/]", f"{goal}\n{verdict}"
+        )
+
+    add(
+        f"{conv['layer']}\n[dim]{conv['kernel']} {conv['isa']}, {conv['gmacs_per_second']:,.0f} GMAC/s[/]",
+        conv,
+        f"{conv['ratio']:.1f}x faster",
+        (conv["p10"], conv["p90"]),
+        f">= {CONV_GOAL:g}",
+        conv["ratio"] >= CONV_GOAL,
+    )
+    if step is not None:
+        add(
+            f"SLB W1A1 training step\n[dim]{step['step']}[/]",
+            step,
+            f"{step['slowdown']:.2f}x the time",
+            (1 / step["p90"], 1 / step["p10"]),
+            f"<= {STEP_GOAL:g}",
+            step["slowdown"] <= STEP_GOAL,
+        )
+    return table
+
+
+def write_result(path: str | os.PathLike[str], result: dict[str, Any]) -> None:
+    """Write plain JSON, whole or not at all. Raises OSError."""
+    write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m lowbit.bench``: the two measurements that the project has goals for."""
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(prog="python -m lowbit.bench", description=main.__doc__)
+    parser.add_argument("--threads", type=int, default=1, help="of the engine and ONNX Runtime")
+    parser.add_argument("--isa", help="force a row of kernels")
+    parser.add_argument("--repeats", type=int, default=40, help="samples of each")
+    parser.add_argument("--no-training", action="store_true", help="leave out the training step")
+    parser.add_argument("--json", type=Path, default=Path("bench.json"), help="where the numbers go")
+    options = parser.parse_args(arguments)
+    console = Console()
+    with console.status("one binary convolution beside ONNX Runtime"):
+        conv = bench_conv(threads=options.threads, isa=options.isa, repeats=options.repeats)
+    step = None
+    if not options.no_training:
+        with console.status("one training step beside a float one"):
+            step = bench_training_step(max(options.repeats // 2, 2), threads=options.threads)
+    console.print(_goal_table(conv, step))
+    for warning in [*conv["warnings"], *(step["warnings"] if step else [])]:
+        console.print(f"[yellow]warning:[/] {warning}")
+    packages = versions("lowbit", "numpy", "onnxruntime", "torch")
+    result = {"format": FORMAT, "machine": machine(), "versions": packages, "conv": conv, "training_step": step}
+    write_result(options.json, result)
+    console.print(f"numbers in {options.json}")
+
+
+if __name__ == "__main__":
+    main()
