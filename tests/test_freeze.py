@@ -155,6 +155,33 @@ def test_graph_gives_the_training_graphs_numbers(build, kwargs: dict, tmp_path) 
     assert packfile.dumps(graph) == path.read_bytes()
 
 
+@pytest.mark.parametrize("size", [7, 8, 9])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+        nn.AvgPool2d(3, 2, 1),
+        nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+        nn.AdaptiveAvgPool2d(1),
+    ],
+)
+def test_pools_are_pytorchs(pool: nn.Module, size: int) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.pool = nn.Conv2d(3, 4, 3, padding=1), pool
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pool(self.a(x))
+
+    x = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(2)) - 3  # a padding of 0 would be the maximum
+    qmodel, graph = frozen(Net(), x, edges="none")
+    np.testing.assert_allclose(graph.run(to_numpy(x)), to_numpy(qmodel(x)), rtol=1e-6, atol=1e-6)
+
+
 def test_the_training_graphs_integers_are_in_the_graph() -> None:
     """Not close: equal, layer by layer."""
     x = pixels()
@@ -251,7 +278,8 @@ class Inner(nn.Module):
         (lambda x: x.transpose(1, 2), "odd .*transpose|odd .*permute"),
         (lambda x: x.reshape(x.size(0), 2, 2, 16, 16), "odd .*reshapes"),
         (lambda x: torch.cat([x, x], 2), "odd .*dimension 2"),
-        (lambda x: F.max_pool2d(x, 2, ceil_mode=True), "odd .*ceil_mode"),
+        (lambda x: F.max_pool2d(x, 2, dilation=2), "odd .*dilation"),
+        (lambda x: F.avg_pool2d(x, 3, 2, 1, ceil_mode=True), "odd .*count_include_pad"),
         (lambda x: F.adaptive_avg_pool2d(x, 3), "odd .*different sizes"),
         (lambda x: F.instance_norm(x), "odd "),
         (lambda x: x.half(), "odd .*float16"),

@@ -578,31 +578,46 @@ def _mul(f: _Freezer, node: FxNode) -> _Value:
     return f.step(node, "mul", v, params={"factor": f._per_channel(f.channel_constant(b, node, v), _label(node))})
 
 
-def _pool_geometry(f: _Freezer, node: FxNode) -> dict[str, Any]:
+def _pool_geometry(f: _Freezer, node: FxNode, out: tuple[int, int], ceil_mode: bool) -> dict[str, Any]:
     kernel = tuple(node.args[1]) * (2 if len(node.args[1]) == 1 else 1)
     stride = node.args[2] if len(node.args) > 2 and node.args[2] else kernel
     padding = node.args[3] if len(node.args) > 3 else (0, 0)
     stride, p = (tuple(x) * (2 if len(x) == 1 else 1) for x in (stride, padding))
-    return {"kernel": kernel, "stride": stride, "padding": (p[0], p[1], p[0], p[1])}
+    extra = (0, 0)
+    if ceil_mode:  # the windows that ceil_mode adds reach beyond the map: as padding at the bottom and right
+        size = _shape(node.args[0])[2:]
+        extra = tuple(max((out[i] - 1) * stride[i] + kernel[i] - size[i] - 2 * p[i], 0) for i in (0, 1))
+    return {"kernel": kernel, "stride": stride, "padding": (p[0], p[1], p[0] + extra[0], p[1] + extra[1])}
 
 
 @_handles(aten.max_pool2d.default, aten.max_pool2d_with_indices.default)
 def _max_pool(f: _Freezer, node: FxNode) -> Any:
     dilation = tuple(node.args[4]) if len(node.args) > 4 else (1,)
-    if any(d != 1 for d in dilation) or (len(node.args) > 5 and node.args[5]):
-        raise f._refuse(node, "max pooling with dilation or ceil_mode is not supported")
-    out = f.step(node, "max_pool", f.value(node.args[0], node), **_pool_geometry(f, node))
-    return out if node.target is aten.max_pool2d.default else (out,)
+    if any(d != 1 for d in dilation):
+        raise f._refuse(node, "max pooling with dilation is not supported")
+    plain = node.target is aten.max_pool2d.default
+    shape = tuple(int(s) for s in (node.meta["val"] if plain else node.meta["val"][0]).shape)
+    geometry = _pool_geometry(f, node, (shape[2], shape[3]), len(node.args) > 5 and bool(node.args[5]))
+    out = f.step(node, "max_pool", f.value(node.args[0], node), **geometry)
+    return out if plain else (out,)
 
 
 @_handles(aten.avg_pool2d.default)
 def _avg_pool(f: _Freezer, node: FxNode) -> _Value:
-    if len(node.args) > 4 and node.args[4]:
-        raise f._refuse(node, "average pooling with ceil_mode is not supported")
     if len(node.args) > 6 and node.args[6]:
         raise f._refuse(node, "average pooling with divisor_override is not supported")
+    ceil_mode = len(node.args) > 4 and bool(node.args[4])
     include = bool(node.args[5]) if len(node.args) > 5 else True
-    return f.step(node, "avg_pool", f.value(node.args[0], node), **_pool_geometry(f, node), count_include_pad=include)
+    shape = _shape(node)
+    geometry = _pool_geometry(f, node, (shape[2], shape[3]), ceil_mode)
+    if ceil_mode:
+        # PyTorch never counts what ceil_mode adds, whatever count_include_pad says of the padding proper
+        if include and any(len(node.args) > 3 and p for p in node.args[3]):
+            raise f._refuse(node, "average pooling with padding, ceil_mode and count_include_pad is not supported")
+        include = False
+    if geometry["padding"] == (0, 0, 0, 0):
+        include = True  # the same thing; one way to say it
+    return f.step(node, "avg_pool", f.value(node.args[0], node), **geometry, count_include_pad=include)
 
 
 @_handles(aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default)
