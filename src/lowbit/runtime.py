@@ -9,7 +9,7 @@ The engine computes exactly what `lowbit.interpreter` does, bit for bit (docs/OP
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any, Final, Literal, overload
@@ -118,7 +118,7 @@ class Engine:
     def run(self, x: Array, trace: Literal[True]) -> tuple[Array, dict[str, Array]]: ...
 
     def run(self, x: Array, trace: bool = False) -> Array | tuple[Array, dict[str, Array]]:
-        """As a call; with `trace` also every value that the fused plan stores, by name, as `lowbit.interpreter.run` has it."""
+        """As a call; with `trace` also every value that the fused plan stores, by name, as the interpreter does."""
         batch, single = self._batch(x)
         out = np.empty((len(batch), *self.output_shape), self.output_dtype)
         stored = self._native.run(_bytes(batch), len(batch), _bytes(out), trace)
@@ -153,8 +153,8 @@ class Engine:
         if not single and (x.ndim != len(shape) + 1 or x.shape[1:] != shape):
             hint = ""
             if len(shape) == 3 and x.shape[-3:] == (shape[2], shape[0], shape[1]):
-                axes = (1, 2, 0) if x.ndim == 3 else (0, 2, 3, 1)
-                hint = f", which is channels first (NCHW); give channels last: x.transpose{axes}"
+                order = (1, 2, 0) if x.ndim == 3 else (0, 2, 3, 1)
+                hint = f", which is channels first (NCHW); give channels last: x.transpose{order}"
             raise ValueError(f"{want}; got {x.dtype} of shape {x.shape}{hint}")
         batch = x[None] if single else x
         if len(batch) == 0:
@@ -168,7 +168,7 @@ def _bytes(x: Array) -> Array:
     return x.reshape(-1).view(np.uint8)
 
 
-# --- Graph -> engine: one line per op ---
+# --- Graph -> engine ---
 
 
 def _weights(t: Tensor) -> _engine.Weights:
@@ -177,55 +177,53 @@ def _weights(t: Tensor) -> _engine.Weights:
     return _engine.Weights.codes(t.data, t.codes.kind, t.codes.bits, t.codes.table)
 
 
-def _input(b: _engine.Builder, n: Node, x: list[int], c: Mapping[str, Tensor]) -> int:
-    if n.attrs["dtype"] == "uint8":
-        return b.input_uint8(n.name, n.attrs["shape"], n.attrs["zero_point"])
-    return b.input_float32(n.name, n.attrs["shape"])
-
-
-def _add(b: _engine.Builder, n: Node, x: list[int], c: Mapping[str, Tensor]) -> int:
-    return b.add_values(n.name, *x) if len(x) == 2 else b.add(n.name, x[0], c["term"].data)
-
-
-def _conv2d(b: _engine.Builder, n: Node, x: list[int], c: Mapping[str, Tensor]) -> int:
-    a = n.attrs
-    return b.conv2d(n.name, x[0], _weights(c["weight"]), a["stride"], a["dilation"], a["padding"], a["groups"])
-
-
-def _avg_pool(b: _engine.Builder, n: Node, x: list[int], c: Mapping[str, Tensor]) -> int:
-    a = n.attrs
-    return b.avg_pool(n.name, x[0], a["kernel"], a["stride"], a["padding"], a["count_include_pad"])
-
-
-_BUILD: Final[Mapping[str, Callable[[_engine.Builder, Node, list[int], Mapping[str, Tensor]], int]]] = {
-    "input": _input,
-    "quantize": lambda b, n, x, c: b.quantize(
-        n.name, x[0], n.attrs["kind"], n.attrs["bits"], n.attrs.get("reciprocal", 1.0)
-    ),
-    "conv2d": _conv2d,
-    "linear": lambda b, n, x, c: b.linear(n.name, x[0], _weights(c["weight"])),
-    "mul": lambda b, n, x, c: b.mul(n.name, x[0], c["factor"].data),
-    "add": _add,
-    "prelu": lambda b, n, x, c: b.prelu(n.name, x[0], c["slope"].data),
-    "relu": lambda b, n, x, c: b.relu(n.name, x[0]),
-    "clip": lambda b, n, x, c: b.clip(n.name, x[0], n.attrs["low"], n.attrs["high"]),
-    "cast": lambda b, n, x, c: b.cast(n.name, x[0], n.attrs["dtype"]),
-    "max_pool": lambda b, n, x, c: b.max_pool(
-        n.name, x[0], n.attrs["kernel"], n.attrs["stride"], n.attrs["padding"]
-    ),
-    "avg_pool": _avg_pool,
-    "global_avg_pool": lambda b, n, x, c: b.global_avg_pool(n.name, x[0]),
-    "pixel_shuffle": lambda b, n, x, c: b.pixel_shuffle(n.name, x[0], n.attrs["factor"]),
-    "concat": lambda b, n, x, c: b.concat(n.name, x),
-    "flatten": lambda b, n, x, c: b.flatten(n.name, x[0]),
-    "output": lambda b, n, x, c: b.output(n.name, x[0]),
-}
-
-
 def _build(graph: Graph) -> _engine.Builder:
     builder = _engine.Builder()
     values: dict[str, int] = {}
     for node in graph.nodes:
         constants = {role: graph.tensors[name] for role, name in node.params.items()}
-        values[node.name] = _BUILD[node.op](builder, node, [values[name] for name in node.inputs], constants)
+        values[node.name] = _append(builder, node, [values[name] for name in node.inputs], constants)
     return builder
+
+
+def _append(b: _engine.Builder, node: Node, x: list[int], constants: Mapping[str, Tensor]) -> int:
+    name, a = node.name, node.attrs
+    match node.op:
+        case "input":
+            if a["dtype"] == "uint8":
+                return b.input_uint8(name, a["shape"], a["zero_point"])
+            return b.input_float32(name, a["shape"])
+        case "quantize":
+            return b.quantize(name, x[0], a["kind"], a["bits"], a.get("reciprocal", 1.0))
+        case "conv2d":
+            weight = _weights(constants["weight"])
+            return b.conv2d(name, x[0], weight, a["stride"], a["dilation"], a["padding"], a["groups"])
+        case "linear":
+            return b.linear(name, x[0], _weights(constants["weight"]))
+        case "mul":
+            return b.mul(name, x[0], constants["factor"].data)
+        case "add":
+            return b.add_values(name, *x) if len(x) == 2 else b.add(name, x[0], constants["term"].data)
+        case "prelu":
+            return b.prelu(name, x[0], constants["slope"].data)
+        case "relu":
+            return b.relu(name, x[0])
+        case "clip":
+            return b.clip(name, x[0], a["low"], a["high"])
+        case "cast":
+            return b.cast(name, x[0], a["dtype"])
+        case "max_pool":
+            return b.max_pool(name, x[0], a["kernel"], a["stride"], a["padding"])
+        case "avg_pool":
+            return b.avg_pool(name, x[0], a["kernel"], a["stride"], a["padding"], a["count_include_pad"])
+        case "global_avg_pool":
+            return b.global_avg_pool(name, x[0])
+        case "pixel_shuffle":
+            return b.pixel_shuffle(name, x[0], a["factor"])
+        case "concat":
+            return b.concat(name, x)
+        case "flatten":
+            return b.flatten(name, x[0])
+        case "output":
+            return b.output(name, x[0])
+    raise ValueError(f"{name}: the engine has no op {node.op!r}")

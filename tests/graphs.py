@@ -1,0 +1,430 @@
+"""Random Graphs for the engine's tests: every op, kind of codes, width and geometry, and numbers that break kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lowbit.bits import Codes
+from lowbit.graph import OPS, Graph, Node, Tensor, ValueType, _Context
+
+CHANNELS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 40, 48, 63, 64, 65, 96, 128)
+KERNELS = ((1, 1), (3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (2, 2), (5, 3))
+REAL = ("float32", "float16")
+
+ACTIVATIONS = ("pixels", "bipolar", "unsigned", "signed", *REAL)
+WEIGHTS = ("bipolar", "signed", "unsigned", "table", "float32")
+BITS = {"bipolar": range(1, 9), "signed": range(2, 9), "unsigned": range(1, 9), "table": range(1, 5)}
+
+
+def cell_of(node: Node, types: list[ValueType], tensors: dict[str, Tensor]) -> Iterator[str]:
+    """The coverage cells a node fills: op and type of its inputs, for products also of the weight."""
+
+    def short(t: ValueType) -> str:
+        if t.codes is None:
+            return t.dtype
+        return "pixels" if t.codes.zero_point else t.codes.kind
+
+    x = [short(t) for t in types]
+    if node.op in ("conv2d", "linear"):
+        codes = tensors[node.params["weight"]].codes
+        yield f"{node.op} {x[0]} x {codes.kind if codes else 'float32'}"
+        if codes:
+            yield f"weight {codes.kind} {codes.bits} bits"
+        if node.op == "conv2d" and types[0].codes:
+            yield f"padding of {'bits' if types[0].codes.bits == 1 else 'codes'}: {any(node.attrs['padding'])}"
+    elif node.op == "quantize":
+        yield f"quantize {x[0]}"
+        yield f"activation {node.attrs['kind']} {node.attrs['bits']} bits"
+    elif node.op == "cast":
+        yield f"cast {x[0]} to {node.attrs['dtype']}"
+    elif node.op == "add":
+        yield f"add {x[0]} + {x[1] if len(x) == 2 else 'constant'}"
+    elif node.op in ("input", "output"):
+        dtype = node.attrs.get("dtype", types[0].dtype if types else "")
+        yield f"{node.op} {dtype}"
+    else:
+        yield f"{node.op} {types[0].dtype}"
+
+
+def cells(graph: Graph) -> set[str]:
+    types = graph.validate()
+    return {c for n in graph.nodes for c in cell_of(n, [types[i] for i in n.inputs], dict(graph.tensors))}
+
+
+ANY = ("codes", "int32", *REAL)
+EXPECTED: dict[str, dict[str, Any]] = {
+    **{
+        f"{op} {x} x {w}": {"op": op, "x": x, "w": w}
+        for op in ("conv2d", "linear")
+        for x in ACTIVATIONS
+        for w in WEIGHTS
+    },
+    **{f"weight {k} {b} bits": {"op": "conv2d", "w": k, "bits": b} for k, bits in BITS.items() for b in bits},
+    **{f"activation {k} {b} bits": {"x": k, "bits_x": b} for k in ("unsigned", "signed") for b in BITS[k]},
+    "activation bipolar 1 bits": {"x": "bipolar"},
+    **{f"quantize {x}": {"op": "quantize", "x": x} for x in REAL},
+    **{f"cast {x} to {d}": {"op": "cast", "x": x, "dtype": d} for x in REAL for d in REAL},
+    **{f"add {x} + {y}": {"op": "add", "x": x, "y": y} for x in REAL for y in (*REAL, "constant")},
+    **{f"{op} {x}": {"op": op, "x": x} for op in ("prelu", "relu", "clip") for x in REAL},
+    **{f"{op} {x}": {"op": op, "x": x} for op in ("max_pool", "avg_pool", "global_avg_pool") for x in ("codes", *REAL)},
+    **{f"{op} {x}": {"op": op, "x": x} for op in ("mul", "pixel_shuffle", "concat", "flatten") for x in ANY},
+    **{f"output {x}": {"op": "output", "x": x} for x in ANY},
+    **{f"input {x}": {"input": x} for x in ("uint8", "float32")},
+    **{f"padding of {x}: {p}": {} for x in ("bits", "codes") for p in (True, False)},
+}
+"""Every cell that must be filled, and what to ask `draw` for to fill it."""
+
+
+class Draw:
+    """Builds one random Graph. `latest` is the value that the next op most likely takes."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.nodes: list[Node] = []
+        self.tensors: dict[str, Tensor] = {}
+        self.types: dict[str, ValueType] = {}
+        self.bound: dict[str, float] = {}
+        self.latest = ""
+
+    # --- small draws ---
+
+    def pick(self, options: Any) -> Any:
+        return options[int(self.rng.integers(len(options)))]
+
+    def chance(self, p: float) -> bool:
+        return bool(self.rng.random() < p)
+
+    def constant(self, channels: int, scale: float, special: tuple[float, ...] = (0.0, -0.0)) -> np.ndarray:
+        n = channels if self.chance(0.8) else 1
+        c = self.rng.normal(size=n) * scale
+        if self.chance(0.3):
+            c = np.round(c / scale * 2) / 2 * 2.0 ** np.round(np.log2(scale))  # short numbers: exact ties come about
+        c[self.rng.random(n) < 0.1] = self.pick(special)
+        return c.astype(np.float32)
+
+    # --- nodes ---
+
+    def node(
+        self, op: str, inputs: tuple[str, ...], bound: float, attrs: dict[str, Any] | None = None, **params: Tensor
+    ) -> str:
+        name = f"{op}{len(self.nodes)}"
+        named = {role: f"{name}.{role}" for role in params}
+        self.tensors.update({named[role]: t for role, t in params.items()})
+        node = Node(op, name, inputs, named, attrs or {})
+        self.nodes.append(node)
+        context = _Context(Graph(tuple(self.nodes), self.tensors), node, tuple(self.types[i] for i in inputs))
+        self.types[name] = OPS[op](context)
+        self.bound[name] = bound
+        self.latest = name
+        return name
+
+    def input(self, dtype: str, image: bool, zero_point: bool) -> str:
+        channels = int(self.pick(CHANNELS[:10]))
+        shape = (int(self.rng.integers(1, 13)), int(self.rng.integers(1, 13)), channels) if image else (channels,)
+        attrs: dict[str, Any] = {"shape": shape, "dtype": dtype}
+        if dtype == "uint8":
+            z = self.rng.integers(0, 256, channels) if zero_point else np.zeros(channels, int)
+            if self.chance(0.3):
+                z[:] = z[0]
+            if zero_point and not z.any():
+                z[0] = 255
+            attrs["zero_point"] = tuple(int(v) for v in z)
+        return self.node("input", (), 255.0 if dtype == "uint8" else 8.0, attrs)
+
+    def mul(self, v: str) -> str:
+        scale = float(self.pick((1.0, 4.0, 0.5))) / max(self.bound[v], 1e-3)
+        c = self.constant(self.types[v].channels, scale * 2)
+        return self.node("mul", (v,), self.bound[v] * float(np.abs(c).max()), factor=Tensor(c))
+
+    def add(self, v: str, other: str = "constant") -> str:
+        if other != "constant":
+            return self.node("add", (v, other), self.bound[v] + self.bound[other])
+        c = self.constant(self.types[v].channels, max(self.bound[v] / 4, 1e-3))
+        return self.node("add", (v,), self.bound[v] + float(np.abs(c).max()), term=Tensor(c))
+
+    def prelu(self, v: str) -> str:
+        c = self.constant(self.types[v].channels, 0.5)
+        if self.chance(0.6):
+            c = np.abs(c)
+        return self.node("prelu", (v,), self.bound[v] * max(1.0, float(np.abs(c).max())), slope=Tensor(c))
+
+    def relu(self, v: str) -> str:
+        return self.node("relu", (v,), self.bound[v])
+
+    def clip(self, v: str) -> str:
+        low, high = sorted(float(np.float32(b)) for b in self.rng.normal(size=2) * self.bound[v] / 2)
+        return self.node("clip", (v,), max(abs(low), abs(high)), {"low": low, "high": high})
+
+    def cast(self, v: str, dtype: str) -> str:
+        if dtype == "float16" and self.bound[v] > 3e4:
+            v = self.mul(v)
+        return self.node("cast", (v,), self.bound[v] * 1.01, {"dtype": dtype})
+
+    def quantize(self, v: str, kind: str, bits: int) -> str:
+        attrs: dict[str, Any] = {"kind": kind, "bits": bits}
+        if kind != "bipolar":
+            step = 2.0 ** (bits - 1) / max(self.bound[v], 1e-3) * 2
+            attrs["reciprocal"] = float(2.0 ** np.round(np.log2(step))) if self.chance(0.5) else float(np.float32(step))
+        return self.node("quantize", (v,), float(2**bits), attrs)
+
+    def real(self, v: str, dtype: str = "") -> str:
+        """A float value from v, of `dtype` if given."""
+        if self.types[v].dtype not in REAL:
+            v = self.mul(v)
+        if dtype and self.types[v].dtype != dtype:
+            v = self.cast(v, dtype)
+        return v
+
+    def weight(self, shape: tuple[int, ...], kind: str, bits: int | None) -> Tensor:
+        if kind == "float32":
+            return Tensor((self.rng.normal(size=shape)).astype(np.float32))
+        bits = bits or int(self.pick(BITS[kind]))
+        table: tuple[int, ...] = ()
+        if kind == "table":
+            table = tuple(sorted(int(t) for t in self.rng.choice(np.arange(-127, 128), 2**bits, replace=False)))
+        codes = Codes(kind, bits, table)
+        if self.chance(0.2):  # extremes only
+            index = self.rng.integers(0, 2, shape) * (2**bits - 1)
+        else:
+            index = self.rng.integers(0, 2**bits, shape)
+        return Tensor(codes.values[index], codes)
+
+    def window(self, v: str, kernel: tuple[int, int], dilation: tuple[int, int]) -> dict[str, Any] | None:
+        """Stride and padding that fit, or None."""
+        h, w, _ = self.types[v].shape
+        extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+        choice = self.rng.random()
+        if choice < 0.4:
+            padding = (extent[0] // 2, extent[1] // 2, extent[0] // 2, extent[1] // 2)
+        elif choice < 0.7:
+            padding = tuple(int(self.rng.integers(0, extent[i % 2])) for i in range(4))
+        else:
+            padding = (0, 0, 0, 0)
+        if h + padding[0] + padding[2] < extent[0] or w + padding[1] + padding[3] < extent[1]:
+            padding = (extent[0] - 1, extent[1] - 1, extent[0] - 1, extent[1] - 1)  # a map smaller than the kernel
+        if h + padding[0] + padding[2] < extent[0] or w + padding[1] + padding[3] < extent[1]:
+            return None
+        stride = (1, 1) if self.chance(0.6) else (int(self.rng.integers(1, 4)), int(self.rng.integers(1, 4)))
+        return {"stride": stride, "padding": tuple(int(p) for p in padding)}
+
+    def conv2d(self, v: str, kind: str = "", bits: int | None = None) -> str:
+        kind = kind or self.pick(WEIGHTS)
+        channels = self.types[v].channels
+        outputs = int(self.pick(CHANNELS))
+        groups = 1
+        if channels % 64 == 0 and self.chance(0.3):
+            groups, outputs = 2, 64  # whole words a group
+        elif self.chance(0.2):
+            divisors = [g for g in range(1, channels + 1) if channels % g == 0]
+            groups = int(self.pick(divisors))
+            outputs = groups * (1 if self.chance(0.5) else max(1, min(outputs, 64) // groups))
+        slow = kind == "float32" or self.types[v].codes is None
+        kernel = self.pick([k for k in KERNELS if not slow or k[0] * k[1] * channels <= 500] or [(1, 1)])
+        dilation = (1, 1) if self.chance(0.7) else (int(self.rng.integers(1, 4)), int(self.rng.integers(1, 4)))
+        window = self.window(v, kernel, dilation)
+        if window is None:
+            window = {"stride": (1, 1), "padding": (0, 0, 0, 0)}
+            kernel = dilation = (1, 1)
+        shape = (outputs, *kernel, channels // groups)
+        weight = self.weight(shape, kind, bits)
+        bound = self.bound[v] * float(np.abs(weight.data).astype(np.float64).reshape(outputs, -1).sum(axis=1).max())
+        return self.node("conv2d", (v,), bound, {**window, "dilation": dilation, "groups": groups}, weight=weight)
+
+    def block(self, v: str) -> str:
+        """What networks are made of and the engine fuses: product of codes -> float steps -> (residual) -> quantize."""
+        image = len(self.types[v].shape) == 3
+        if self.types[v].codes is None and self.chance(0.9):
+            kind = self.pick(("bipolar", "bipolar", "unsigned"))
+            v = self.quantize(self.real(v), kind, 1 if kind == "bipolar" else int(self.pick(BITS[kind])))
+        kind = "bipolar" if self.chance(0.8) else self.pick(WEIGHTS)
+        bits = 1 if kind == "bipolar" and self.chance(0.9) else None
+        v = self.mul(self.conv2d(v, kind, bits) if image else self.linear(v, kind, bits))
+        for _ in range(int(self.rng.integers(0, 4))):
+            step = self.pick((self.add, self.add, self.prelu, self.relu, self.clip, self.mul))
+            v = step(v)
+        same = [n for n, o in self.types.items() if o.dtype in REAL and o.shape == self.types[v].shape and n != v]
+        if same and self.chance(0.4):
+            v = self.add(v, self.pick(same))
+        if self.chance(0.3):
+            v = self.cast(v, "float16")
+        kind = self.pick(("bipolar", "bipolar", "bipolar", "signed"))
+        return self.quantize(v, kind, 1 if kind == "bipolar" else int(self.pick(BITS[kind])))
+
+    def linear(self, v: str, kind: str = "", bits: int | None = None) -> str:
+        weight = self.weight((int(self.pick(CHANNELS)), self.types[v].channels), kind or self.pick(WEIGHTS), bits)
+        bound = self.bound[v] * float(np.abs(weight.data).astype(np.float64).sum(axis=1).max())
+        return self.node("linear", (v,), bound, weight=weight)
+
+    def pool(self, v: str, op: str) -> str:
+        kernel = self.pick([(2, 2), (3, 3), (1, 1), (3, 2)])
+        window = self.window(v, kernel, (1, 1))
+        if window is None:
+            kernel, window = (1, 1), {"stride": (1, 1), "padding": (0, 0, 0, 0)}
+        attrs = {**window, "kernel": kernel}
+        if op == "avg_pool":
+            attrs["count_include_pad"] = self.chance(0.5)
+        return self.node(op, (v,), self.bound[v], attrs)
+
+    def shuffle(self, v: str) -> str:
+        channels = self.types[v].channels
+        factor = int(self.pick([r for r in (1, 2, 3) if channels % (r * r) == 0]))
+        return self.node("pixel_shuffle", (v,), self.bound[v], {"factor": factor})
+
+    def concat(self, v: str) -> str:
+        t = self.types[v]
+        others = [
+            n
+            for n, o in self.types.items()
+            if (o.dtype, o.codes, o.shape[:-1]) == (t.dtype, t.codes, t.shape[:-1]) and o.channels + t.channels < 200
+        ]
+        parts = (v, *(self.pick(others or [v]) for _ in range(int(self.rng.integers(1, 3)))))
+        return self.node("concat", parts, max(self.bound[p] for p in parts))
+
+    def flatten(self, v: str) -> str:
+        return self.node("flatten", (v,), self.bound[v])
+
+    # --- whole graphs ---
+
+    def step(self, v: str) -> str:
+        """One random op on v."""
+        t = self.types[v]
+        image = len(t.shape) == 3
+        pixels = bool(t.codes and t.codes.zero_point)
+        if self.bound[v] > 1e6:
+            return self.mul(v)
+        options = ["mul"] + (["block"] * 5 if t.dtype != "int32" else [])
+        if image and int(np.prod(t.shape)) <= 600:
+            options.append("flatten")
+        if t.dtype != "int32":
+            options += ["conv2d", "conv2d", "conv2d"] if image else ["linear"]
+        if not pixels:
+            if image:
+                options += ["shuffle"] if t.channels % 4 == 0 and t.shape[0] * t.shape[1] < 200 else []
+            if t.channels < 100:
+                options.append("concat")
+            if t.dtype != "int32" and image:
+                options += ["max_pool", "avg_pool", "global_avg_pool"]
+        if t.dtype in REAL:
+            options = (
+                ["conv2d" if image else "linear", "block"]
+                if self.chance(0.3)
+                else [o for o in options if o not in ("conv2d", "linear")]
+            )
+            options += ["add", "add_value", "add_value", "prelu", "relu", "clip", "cast", "half", "half"] + [
+                "quantize"
+            ] * 5
+        op = self.pick(options)
+        match op:
+            case "max_pool" | "avg_pool":
+                return self.pool(v, op)
+            case "global_avg_pool":
+                return self.node(op, (v,), self.bound[v])
+            case "quantize":
+                kind = self.pick(("bipolar", "bipolar", "unsigned", "signed"))
+                return self.quantize(v, kind, 1 if kind == "bipolar" else int(self.pick(BITS[kind])))
+            case "cast":
+                return self.cast(v, self.pick(REAL))
+            case "half":
+                return self.cast(v, "float16")
+            case "add_value":
+                same = [n for n, o in self.types.items() if o.dtype in REAL and o.shape == t.shape]
+                return self.add(v, self.pick(same))
+            case "conv2d" | "linear":
+                sign = t.codes is not None and t.codes.kind == "bipolar"
+                one = sign and self.chance(0.7)
+                return getattr(self, op)(v, "bipolar" if one else "", 1 if one else None)
+        return getattr(self, op)(v)
+
+    def finish(self) -> Graph:
+        """Every value used: loose ends go through one concat of vectors, a single one is the output as it is."""
+        used = {i for n in self.nodes for i in n.inputs}
+        loose = [n.name for n in self.nodes if n.name not in used]
+        if len(loose) > 1:
+            ends = []
+            for v in loose:
+                t = self.types[v]
+                if t.dtype == "int32" or t.codes is not None:
+                    v = self.mul(v)
+                if len(t.shape) == 3 and int(np.prod(t.shape)) > 300:
+                    v = self.node("global_avg_pool", (v,), self.bound[v])
+                if len(self.types[v].shape) == 3:
+                    v = self.flatten(v)
+                if self.types[v].dtype == "float16":
+                    v = self.cast(v, "float32")
+                ends.append(v)
+            self.latest = self.node("concat", tuple(ends), 0.0)
+        else:
+            self.latest = loose[0]
+        self.node("output", (self.latest,), 0.0)
+        return Graph(tuple(self.nodes), self.tensors)
+
+
+def draw(seed: int, ask: dict[str, Any] | None = None, steps: int = 8) -> Graph:
+    """A random Graph. `ask` may name an `op`, the type `x` of its input, a weight kind `w`, widths: it holds that node."""
+    d = Draw(np.random.default_rng(seed))
+    ask = ask or {}
+    x, op = ask.get("x", ""), ask.get("op", "")
+    vector = op == "linear" or (op in ("quantize", "mul", "output", "concat") and d.chance(0.2))
+    dtype = ask.get("input", "uint8" if x == "pixels" else d.pick(("uint8", "uint8", "float32")))
+    v = d.input(dtype, image=not vector or d.chance(0.3), zero_point=x == "pixels" or d.chance(0.5))
+    product = {"kind": ask.get("w", ""), "bits": ask.get("bits")}
+    if len(d.types[v].shape) == 3 and vector:
+        v = d.flatten(v)
+    if x and x != "pixels":
+        if d.chance(0.5) and op not in ("linear",):
+            v = d.linear(v) if vector else d.conv2d(v)
+        match x:
+            case "bipolar" | "unsigned" | "signed" | "codes":
+                kind = d.pick(("bipolar", "unsigned", "signed")) if x == "codes" else x
+                bits = ask.get("bits_x") or (1 if kind == "bipolar" else int(d.pick(BITS[kind])))
+                v = d.quantize(d.real(v), kind, bits)
+            case "int32":
+                if d.types[v].codes is None:
+                    v = d.quantize(d.real(v), "bipolar", 1)
+                kind = d.pick(WEIGHTS[:-1])
+                v = d.linear(v, kind) if vector else d.conv2d(v, kind)
+            case _:
+                v = d.real(v, x)
+    match op:
+        case "conv2d" | "linear":
+            v = getattr(d, op)(v, **product)
+        case "quantize":
+            v = d.quantize(v, "bipolar", 1)
+        case "cast":
+            v = d.cast(v, ask["dtype"])
+        case "add":
+            v = d.add(v) if ask["y"] == "constant" else d.add(v, d.real(d.prelu(v), ask["y"]))
+        case "max_pool" | "avg_pool":
+            v = d.pool(v, op)
+        case "global_avg_pool":
+            v = d.node(op, (v,), d.bound[v])
+        case "pixel_shuffle":
+            v = d.shuffle(v)
+        case "mul" | "prelu" | "relu" | "clip" | "concat" | "flatten":
+            v = getattr(d, op)(v)
+        case "output":
+            steps = 0
+    straight = d.chance(0.5)  # every value has one reader: what fuses into thresholds
+    for _ in range(int(d.rng.integers(0, steps + 1))):
+        older = [n for n, t in d.types.items() if int(np.prod(t.shape)) <= 20_000]
+        v = d.step(d.latest if straight or (d.chance(0.75) and d.latest in older) else d.pick(older))
+    return d.finish()
+
+
+def inputs(graph: Graph, seed: int, batch: int) -> np.ndarray:
+    """A batch for `graph`: pixels with many extremes, floats with -0.0, ties and short numbers."""
+    rng = np.random.default_rng(seed)
+    shape = (batch, *graph.input.attrs["shape"])
+    if graph.input.attrs["dtype"] == "uint8":
+        x = rng.integers(0, 256, shape)
+        x[rng.random(shape) < 0.2] = 255
+        x[rng.random(shape) < 0.2] = 0
+        return x.astype(np.uint8)
+    x = rng.normal(size=shape)
+    short = rng.random(shape) < 0.5
+    x[short] = np.round(x[short] * 2) / 2
+    x[rng.random(shape) < 0.1] = -0.0
+    return np.clip(x, -8, 8).astype(np.float32)

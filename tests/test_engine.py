@@ -1,0 +1,412 @@
+"""Interpreter == scalar == AVX2 == AVX-512, bit for bit, on random Graphs; and every refusal of the engine's door."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+import graphs
+from lowbit import _engine
+from lowbit.bits import Codes
+from lowbit.graph import Graph, Node, Tensor
+from lowbit.interpreter import run
+from lowbit.runtime import Engine, isas, load
+
+SEED = int(os.environ.get("LOWBIT_TEST_SEED", "20260"))
+RANDOM_GRAPHS = int(os.environ.get("LOWBIT_TEST_GRAPHS", "1200"))
+CORES = os.cpu_count() or 1
+AVAILABLE = [isa for isa, available in isas().items() if available]
+KERNELS = ("bit_conv", "int_gemm", "float_gemm", "depthwise_int", "depthwise_float", "pool", "elementwise")
+KERNELS += ("bit_conv+threshold", "int_gemm+threshold", "concat", "flatten", "pixel_shuffle")
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def difference(engine: Engine, x: np.ndarray, output: np.ndarray, values: dict[str, np.ndarray]) -> str:
+    """The first stored value in which the engine differs from the interpreter, or nothing."""
+    got, stored = engine.run(x, trace=True)
+    for name, value in stored.items():
+        if not same(value, values[name]):
+            return f"{name}: {np.count_nonzero(value != values[name])} of {value.size} differ"
+    return "" if same(got, output) else "the output"
+
+
+@dataclass
+class Campaign:
+    """Every cell asked for once, then random Graphs; each on every ISA this CPU has."""
+
+    failures: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    seen: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
+    kernels: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
+    graphs: int = 0
+
+    def go(self) -> None:
+        asks = [*graphs.EXPECTED.values(), *[None] * RANDOM_GRAPHS]
+        for seed, ask in enumerate(asks, SEED):
+            graph = graphs.draw(seed, ask)
+            x = graphs.inputs(graph, seed, batch=3)
+            output, values = run(graph, x, trace=True)
+            cells = graphs.cells(graph)
+            self.graphs += 1
+            for isa in AVAILABLE:
+                engine = load(graph, isa=isa)
+                what = difference(engine, x, output, values)
+                if not what and not same(engine(x[0]), output[0]):
+                    what = "a single input"
+                if not what and CORES > 1 and seed % 2:
+                    what = difference(load(graph, threads=2, isa=isa), x, output, values)
+                    what = what and f"with 2 threads {what}"
+                if what:
+                    self.failures[isa].append(f"draw({seed}, {ask}): {what}")
+                for cell in cells:
+                    self.seen[cell, isa] += 1
+                for step in engine.plan:
+                    self.kernels[step["kernel"], isa] += 1
+
+    def table(self) -> str:
+        rows = list(isas())
+        width = max(map(len, (*graphs.EXPECTED, *KERNELS))) + 2
+        head = f"Engine against interpreter on {self.graphs} graphs (seed {SEED}), graphs per op x type x ISA"
+        status = "  ".join(f"{isa}: {'ok' if isa in AVAILABLE else 'SKIP'}" for isa in rows)
+        lines = [head, status, f"{'':{width}}" + "".join(f"{isa:>8}" for isa in rows)]
+        for title, counts in ((graphs.EXPECTED, self.seen), (KERNELS, self.kernels)):
+            for cell in title:
+                numbers = [str(counts[cell, isa]) if isa in AVAILABLE else "SKIP" for isa in rows]
+                lines.append(f"{cell:{width}}" + "".join(f"{n:>8}" for n in numbers))
+        return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def campaign() -> Campaign:
+    c = Campaign()
+    c.go()
+    return c
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_equals_the_interpreter(campaign: Campaign, isa: str) -> None:
+    if isa not in AVAILABLE:
+        pytest.skip(f"this CPU has no {isa}")
+    failures = campaign.failures[isa]
+    assert not failures, f"{len(failures)} graphs differ on {isa}; the first: {failures[0]}"
+
+
+def test_no_cell_is_empty(campaign: Campaign, record_property: Callable[[str, object], None]) -> None:
+    record_property("table", campaign.table())
+    empty = [(cell, isa) for cell in graphs.EXPECTED for isa in AVAILABLE if not campaign.seen[cell, isa]]
+    empty += [(kernel, isa) for kernel in KERNELS for isa in AVAILABLE if not campaign.kernels[kernel, isa]]
+    assert not empty
+
+
+# --- one convolution, by hand ---
+
+
+def signs(rng: np.random.Generator, *shape: int) -> Tensor:
+    return Tensor(rng.choice([-1, 1], shape), Codes("bipolar", 1))
+
+
+def binary_net(rng: np.random.Generator, side: int = 9, channels: int = 48, factor: np.ndarray | None = None) -> Graph:
+    """float32 -> sign -> 3x3 -> mul, add -> sign -> 3x3 -> mul -> output: the first convolution ends in thresholds."""
+    conv = {"stride": (1, 1), "dilation": (1, 1), "padding": (1, 1, 1, 1), "groups": 1}
+    sign = {"kind": "bipolar", "bits": 1}
+    nodes = (
+        Node("input", "x", attrs={"shape": (side, side, channels), "dtype": "float32"}),
+        Node("quantize", "q0", ("x",), attrs=sign),
+        Node("conv2d", "c1", ("q0",), {"weight": "w1"}, conv),
+        Node("mul", "m1", ("c1",), {"factor": "f1"}),
+        Node("add", "a1", ("m1",), {"term": "t1"}),
+        Node("quantize", "q1", ("a1",), attrs=sign),
+        Node("conv2d", "c2", ("q1",), {"weight": "w2"}, conv),
+        Node("mul", "m2", ("c2",), {"factor": "f2"}),
+        Node("output", "y", ("m2",)),
+    )
+    tensors = {
+        "w1": signs(rng, channels, 3, 3, channels),
+        "w2": signs(rng, channels, 3, 3, channels),
+        "f1": Tensor(rng.normal(size=channels) * 0.1 if factor is None else factor),
+        "t1": Tensor(rng.normal(size=channels)),
+        "f2": Tensor(np.ones(1)),
+    }
+    return Graph(nodes, tensors)
+
+
+def test_a_threshold_off_by_one_is_seen() -> None:
+    rng = np.random.default_rng(SEED)
+    graph = binary_net(rng)
+    x = rng.normal(size=(2, 9, 9, 48)).astype(np.float32)
+    output, values = run(graph, x, trace=True)
+    for isa in AVAILABLE:
+        for delta in (1, -1):
+            engine = load(graph, isa=isa)
+            assert not difference(engine, x, output, values)
+            assert engine._native._debug_nudge_thresholds(delta) > 0
+            assert "q1" in difference(engine, x, output, values)
+            engine._native._debug_nudge_thresholds(-delta)
+            assert not difference(engine, x, output, values)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-38, -1e-38, 1e30, -1e30, 1e-45])
+def test_extreme_factors(value: float) -> None:
+    rng = np.random.default_rng(SEED)
+    graph = binary_net(rng, factor=np.full(48, value, np.float32))
+    x = rng.normal(size=(2, 9, 9, 48)).astype(np.float32)
+    output, values = run(graph, x, trace=True)
+    for isa in AVAILABLE:
+        assert not difference(load(graph, isa=isa), x, output, values)
+
+
+def test_flush_to_zero_of_the_caller_does_not_matter() -> None:
+    """Denormal factors keep their sign's worth: 1e-45 times an accumulator is not flushed to 0."""
+    rng = np.random.default_rng(SEED)
+    graph = binary_net(rng, factor=np.full(48, -1e-42, np.float32))
+    tensors = {**graph.tensors, "t1": Tensor(np.zeros(1))}
+    graph = Graph(graph.nodes, tensors)
+    x = rng.normal(size=(1, 9, 9, 48)).astype(np.float32)
+    output, values = run(graph, x, trace=True)
+    torch = pytest.importorskip("torch")
+    torch.set_flush_denormal(True)
+    try:
+        results = [difference(load(graph, isa=isa), x, output, values) for isa in AVAILABLE]
+    finally:
+        torch.set_flush_denormal(False)
+    assert not any(results)
+
+
+def test_float16_conversions_of_every_half() -> None:
+    """All finite float16 numbers, and the float32 numbers halfway between them and next to that, through every ISA."""
+    half = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    exact = half[np.isfinite(half)].astype(np.float32)
+    middle = ((exact[:-1].astype(np.float64) + exact[1:]) / 2).astype(np.float32)
+    x = np.concatenate([exact, middle, np.nextafter(middle, np.float32(9)), np.nextafter(middle, np.float32(-9))])
+    x = x[np.abs(x) < 65504]
+    x = np.resize(x, (len(x) // 64, 64))
+    nodes = (
+        Node("input", "x", attrs={"shape": (64,), "dtype": "float32"}),
+        Node("cast", "h", ("x",), attrs={"dtype": "float16"}),
+        Node("relu", "r", ("h",)),
+        Node("add", "s", ("h", "r")),
+        Node("output", "y", ("s",)),
+    )
+    graph = Graph(nodes, {})
+    output, values = run(graph, x, trace=True)
+    for isa in AVAILABLE:
+        assert not difference(load(graph, isa=isa), x, output, values)
+
+
+# --- batches, threads ---
+
+
+def test_batches_grow_and_shrink() -> None:
+    rng = np.random.default_rng(SEED)
+    engine = load(binary_net(rng), threads=min(2, CORES))
+    x = rng.normal(size=(7, 9, 9, 48)).astype(np.float32)
+    whole = engine(x)
+    for size in (1, 7, 3, 1, 5):
+        assert same(engine(x[:size]), whole[:size])
+    assert same(engine(x[::2]), whole[::2])  # not contiguous
+    assert same(engine(np.asfortranarray(x)), whole)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_one_engine_in_many_python_threads(threads: int) -> None:
+    if threads > CORES:
+        pytest.skip("one core only")
+    rng = np.random.default_rng(SEED)
+    engine = load(binary_net(rng), threads=threads)
+    batches = [rng.normal(size=(n, 9, 9, 48)).astype(np.float32) for n in (1, 2, 3, 4)]
+    expected = [engine(x) for x in batches]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            if not same(engine(batches[i]), expected[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert not wrong
+
+
+# --- the interface ---
+
+
+def test_properties_and_plan() -> None:
+    engine = load(binary_net(np.random.default_rng(SEED)))
+    assert engine.input_shape == (9, 9, 48)
+    assert engine.input_dtype == np.float32
+    assert engine.output_shape == (9, 9, 48)
+    assert engine.threads == 1
+    assert engine.isa == AVAILABLE[0]
+    steps = engine.plan
+    covered = [name for step in steps for name in step["nodes"]]
+    assert covered == ["x", "q0", "c1", "m1", "a1", "q1", "c2", "m2"]
+    assert [s["kernel"] for s in steps] == ["input", "elementwise", "bit_conv+threshold", "bit_conv"]
+    assert steps[2]["macs"] == 9 * 9 * 48 * 48 * 9
+    times = engine.profile(np.zeros((1, 9, 9, 48), np.float32), repeats=2)
+    assert len(times) == len(steps)
+    assert all(t >= 0 for t in times)
+    assert engine.workspace_bytes(2) > engine.workspace_bytes(1)
+
+
+def test_isa_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = binary_net(np.random.default_rng(SEED))
+    monkeypatch.setenv("LOWBIT_ISA", "scalar")
+    assert load(graph).isa == "scalar"
+    monkeypatch.setenv("LOWBIT_ISA", "abacus")
+    with pytest.raises(ValueError, match=r"unknown isa 'abacus'.*scalar"):
+        load(graph)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10**6, 10**30])
+def test_refuses_threads(threads: int) -> None:
+    with pytest.raises(ValueError, match="threads must be 1"):
+        load(binary_net(np.random.default_rng(SEED)), threads=threads)
+
+
+def test_refuses_threads_that_are_no_number() -> None:
+    with pytest.raises(ValueError, match="threads must be an integer"):
+        load(binary_net(np.random.default_rng(SEED)), threads=True)
+
+
+GOOD = np.zeros((1, 9, 9, 48), np.float32)
+BAD_INPUTS = {
+    "dtype": (GOOD.astype(np.float64), r"expected float32 of shape \(N, 9, 9, 48\).*got float64"),
+    "uint8": (GOOD.astype(np.uint8), "expected float32.*got uint8"),
+    "channels first": (
+        GOOD.transpose(0, 3, 1, 2),
+        r"got float32 of shape \(1, 48, 9, 9\), which is channels first \(NCHW\)",
+    ),
+    "one image channels first": (GOOD[0].transpose(2, 0, 1), r"channels first.*transpose\(1, 2, 0\)"),
+    "size": (GOOD[:, :8], r"got float32 of shape \(1, 8, 9, 48\)"),
+    "axes": (GOOD[None], "got float32 of shape"),
+    "empty batch": (GOOD[:0], "empty batch"),
+    "a list": (GOOD.tolist(), "got a list, not a NumPy array"),
+    "not a number": (np.full_like(GOOD, np.nan), "infinities or NaN"),
+    "infinity": (np.full_like(GOOD, -np.inf), "infinities or NaN"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_INPUTS)
+def test_refuses_inputs(what: str) -> None:
+    x, message = BAD_INPUTS[what]
+    engine = load(binary_net(np.random.default_rng(SEED)))
+    with pytest.raises(ValueError, match=message):
+        engine(x)
+
+
+# --- the native border: everything is checked again without graph.py ---
+
+
+def sign_weights(*shape: int) -> _engine.Weights:
+    return _engine.Weights.codes(np.ones(shape, np.int16), "bipolar", 1, ())
+
+
+@dataclass
+class Begun:
+    """A builder with an image x (float32) and its signs q, 5 x 5 x 8."""
+
+    b: _engine.Builder = field(default_factory=_engine.Builder)
+
+    def __post_init__(self) -> None:
+        self.x = self.b.input_float32("x", (5, 5, 8))
+        self.q = self.b.quantize("q", self.x, "bipolar", 1, 1.0)
+
+    def conv(
+        self,
+        weights: _engine.Weights,
+        stride: tuple[int, int] = (1, 1),
+        dilation: tuple[int, int] = (1, 1),
+        padding: tuple[int, ...] = (0, 0, 0, 0),
+        groups: int = 1,
+    ) -> int:
+        return self.b.conv2d("n", self.q, weights, stride, dilation, padding, groups)
+
+
+def numbers(value: float, *shape: int) -> np.ndarray:
+    return np.full(shape, value, np.float32)
+
+
+NATIVE_REFUSALS = {
+    "kernel too large": ("kernels are 1..11", lambda n: n.conv(sign_weights(4, 12, 1, 8))),
+    "extent": ("larger than the padded", lambda n: n.conv(sign_weights(4, 7, 7, 8))),
+    "padding": ("padding is not less", lambda n: n.conv(sign_weights(4, 1, 1, 8), padding=(1, 1, 1, 1))),
+    "negative padding": ("padding", lambda n: n.conv(sign_weights(4, 1, 1, 8), padding=(-1, 0, 0, 0))),
+    "stride": ("strides are 1..8", lambda n: n.conv(sign_weights(4, 1, 1, 8), stride=(0, 1))),
+    "dilation": ("dilations are 1..8", lambda n: n.conv(sign_weights(4, 1, 1, 8), dilation=(1, 9))),
+    "groups": ("groups must divide", lambda n: n.conv(sign_weights(4, 1, 1, 8), groups=3)),
+    "no groups": ("groups must divide", lambda n: n.conv(sign_weights(4, 1, 1, 8), groups=0)),
+    "channels": ("does not fit the input", lambda n: n.conv(sign_weights(4, 1, 1, 9))),
+    "weight axes": ("must be .O, kH, kW, I.", lambda n: n.conv(sign_weights(4, 8))),
+    "weight codes": (
+        "outside its kind",
+        lambda n: n.conv(_engine.Weights.codes(np.zeros((4, 1, 1, 8), np.int16), "bipolar", 1, ())),
+    ),
+    "weight NaN": ("infinite or NaN", lambda n: n.conv(_engine.Weights.floats(numbers(np.nan, 4, 1, 1, 8)))),
+    "weight bits": (
+        "1 to 8 bits",
+        lambda n: n.conv(_engine.Weights.codes(np.ones((4, 1, 1, 8), np.int16), "bipolar", 9, ())),
+    ),
+    "weight table": (
+        "ascending",
+        lambda n: n.conv(_engine.Weights.codes(np.ones((4, 1, 1, 8), np.int16), "table", 1, (1, 1))),
+    ),
+    "linear on image": ("flatten images first", lambda n: n.b.linear("n", n.q, sign_weights(4, 8))),
+    "constant size": ("numbers for 8 channels", lambda n: n.b.mul("n", n.x, numbers(1, 7))),
+    "constant inf": ("infinite or NaN", lambda n: n.b.mul("n", n.x, numbers(np.inf, 8))),
+    "add to codes": ("takes float32 or float16", lambda n: n.b.add("n", n.q, numbers(1, 8))),
+    "add shapes": ("of one shape", lambda n: n.b.add_values("n", n.x, n.b.global_avg_pool("g", n.x))),
+    "quantize codes": ("takes float32 or float16", lambda n: n.b.quantize("n", n.q, "bipolar", 1, 1.0)),
+    "bipolar bits": ("have 1 bit", lambda n: n.b.quantize("n", n.x, "bipolar", 2, 1.0)),
+    "bits": ("1 to 8 bits", lambda n: n.b.quantize("n", n.x, "unsigned", 9, 1.0)),
+    "table": ("table", lambda n: n.b.quantize("n", n.x, "table", 2, 1.0)),
+    "kind": ("unknown kind", lambda n: n.b.quantize("n", n.x, "ternary", 2, 1.0)),
+    "reciprocal": ("reciprocal must be positive", lambda n: n.b.quantize("n", n.x, "unsigned", 2, 0.0)),
+    "clip": ("low is above high", lambda n: n.b.clip("n", n.x, 1.0, 0.0)),
+    "cast": ("casts to", lambda n: n.b.cast("n", n.x, "float64")),
+    "pool": ("larger than the padded", lambda n: n.b.max_pool("n", n.x, (9, 9), (1, 1), (0, 0, 0, 0))),
+    "shuffle": ("divide the channels", lambda n: n.b.pixel_shuffle("n", n.x, 3)),
+    "concat one": ("two values", lambda n: n.b.concat("n", [n.x])),
+    "concat types": ("one type and size", lambda n: n.b.concat("n", [n.x, n.q])),
+    "no such value": ("no earlier value", lambda n: n.b.relu("n", 99)),
+    "name twice": ("used twice", lambda n: n.b.relu("x", n.x)),
+    "no name": ("name is empty", lambda n: n.b.relu("", n.x)),
+    "second input": ("one input", lambda n: n.b.input_float32("n", (3,))),
+    "unused": ("loose: its value is used by no node", lambda n: n.b.output("n", n.q + 0 * n.b.relu("loose", n.x))),
+    "unfinished": ("no output yet", lambda n: _engine.Engine(n.b, 1, "")),
+}
+
+
+@pytest.mark.parametrize("what", NATIVE_REFUSALS)
+def test_native_refusals(what: str) -> None:
+    match, call = NATIVE_REFUSALS[what]
+    with pytest.raises(ValueError, match=match):
+        call(Begun())
+
+
+@pytest.mark.parametrize(
+    ("shape", "zero_point", "match"),
+    [((0, 1, 1), (0,), "side"), ((2, 2), (0, 0), "shape"), ((3,), (0,), "zero point"), ((1,), (256,), "0..255")],
+)
+def test_native_refuses_inputs(shape: tuple[int, ...], zero_point: tuple[int, ...], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        _engine.Builder().input_uint8("x", shape, zero_point)
+
+
+def test_native_accumulators_end_at_32_bits() -> None:
+    b = _engine.Builder()
+    x = b.input_uint8("x", (65536,), (0,) * 65536)
+    b.linear("fits", x, _engine.Weights.codes(np.full((1, 65536), -128, np.int16), "signed", 8, ()))  # 2139095040
+    twice = b.concat("twice", [x, x])
+    with pytest.raises(ValueError, match="beyond: the accumulator could reach 4278190080, beyond 32 bits"):
+        b.linear("beyond", twice, _engine.Weights.codes(np.full((1, 2 * 65536), -128, np.int16), "signed", 8, ()))
