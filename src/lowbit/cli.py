@@ -1,0 +1,501 @@
+"""The command line: parsing and printing only.
+
+Every verb imports what it needs when it runs, so that running files needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from lowbit.inspect import Contents
+    from lowbit.train.export import Export
+
+app = typer.Typer(
+    name="lowbit",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Train networks with 1- to 4-bit weights and activations, and run the same integers on a CPU.\n\n"
+    "The whole way: [bold]lowbit train RECIPE[/], [bold]lowbit export RUN[/], [bold]lowbit predict FILE IMAGE[/].",
+    epilog="LOWBIT_DEBUG=1 shows where an error came from. LOWBIT_ISA=scalar forces a row of kernels.",
+)
+out = Console()
+err = Console(stderr=True)
+
+_EXTRAS: Final = {
+    "cli": ("PIL",),
+    "train": ("jinja2", "lightning", "matplotlib", "pydantic", "tensorboard", "torch", "torchmetrics", "yaml"),
+    "bench": ("onnx", "onnxruntime"),
+}
+"""Modules of each extra, to name it when one is missing."""
+
+RunArgument = Annotated[Path, typer.Argument(help="A run directory, as `lowbit train` leaves it.", metavar="RUN")]
+FileArgument = Annotated[Path, typer.Argument(help="A .lowbit file.", metavar="FILE")]
+ThreadsOption = Annotated[int, typer.Option(help="Threads of the engine.", min=1)]
+IsaOption = Annotated[str | None, typer.Option(help="Force a row of kernels; see `lowbit list isas`.")]
+
+
+# --------------------------------------------------------------------------------------------- errors
+
+
+def run() -> None:
+    """Run the command line; an expected error is one line on standard error and exit status 2."""
+    try:
+        app()
+    except Exception as error:
+        line = explain(error)
+        if line is None or os.environ.get("LOWBIT_DEBUG"):
+            raise
+        sys.stderr.write(f"error: {line}\n")
+        raise SystemExit(2) from None
+
+
+def explain(error: Exception) -> str | None:
+    """An expected error in one line; None for a bug, which keeps its traceback."""
+    if isinstance(error, ImportError):
+        if error.name == "lowbit._engine":
+            return "the native engine is not built: install lowbit again (pip install . in its repository)"
+        top = (error.name or "").partition(".")[0]
+        for extra, modules in _EXTRAS.items():
+            if top in modules:
+                return f"this needs an extra that is not installed ({top}): pip install 'lowbit[{extra}]'"
+        return None
+    if isinstance(error, MemoryError):
+        return "out of memory: take a smaller batch"
+    if type(error).__module__.partition(".")[0] == "lowbit" or isinstance(error, ValueError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror or error}"
+    return None
+
+
+def _warn(messages: Iterable[str]) -> None:
+    for message in messages:
+        err.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import lowbit
+
+        out.print(f"lowbit {lowbit.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    pass
+
+
+# --------------------------------------------------------------------------------------------- train
+
+
+@app.command(
+    epilog="Example: lowbit train recipes/fashion-mnist/bireal14-w1a1-slb-demo.yaml --run-dir runs/demo "
+    "--set train.epochs=3"
+)
+def train(
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe (YAML). With --resume also the run directory itself.", metavar="RECIPE")
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe: train.epochs=3. Repeatable."),
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run goes; by default runs/ and the recipe's name.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same as --set seed=N.", min=0)] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run, from its last epoch.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run that lies there.")] = False,
+    test: Annotated[
+        bool, typer.Option("--test/--no-test", help="Evaluate the final network on the test images, once.")
+    ] = False,
+) -> None:
+    """Train a network as a recipe says, into a run directory."""
+    from lowbit.train.recipe import load_recipe
+    from lowbit.train.trainer import train as train_recipe
+
+    overrides = list(changes or [])
+    if seed is not None:
+        overrides.append(f"seed={seed}")
+    if resume and recipe.is_dir():
+        run_dir, recipe = run_dir or recipe, recipe / "recipe.yaml"
+    loaded = load_recipe(recipe, overrides)
+    place = run_dir or Path("runs") / loaded.name
+    _log_to_stderr()
+    try:
+        result = train_recipe(loaded, place, resume=resume, overwrite=overwrite, test=test)
+    except (KeyboardInterrupt, SystemExit):
+        err.print(f"interrupted; go on with: [bold]lowbit train {escape(str(place))} --resume[/]", soft_wrap=True)
+        raise typer.Exit(130) from None
+    table = _facts(f"{loaded.name}: {result.run['epochs_done']} epochs in {result.run['wall_seconds']:.0f} s")
+    for part in ("validation", "test"):
+        found = result.results[part]
+        if found is not None:
+            table.add_row(f"accuracy, {part}", f"{found['accuracy']:.2%} of {found['images']:,} images")
+    if result.results["validation"] is None:
+        table.add_row("accuracy", "not measured: all training images were used (train.final); export measures it")
+    table.add_row("run directory", str(place))
+    out.print(table)
+    out.print(f"next: [bold]lowbit export {escape(str(place))}[/]", soft_wrap=True)
+
+
+def _log_to_stderr() -> None:
+    """The trainer's own lines, one for each epoch, warnings included."""
+    log = logging.getLogger("lowbit")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+
+
+def _facts(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("value", overflow="fold")
+    return table
+
+
+# --------------------------------------------------------------------------------------------- evaluate, export
+
+
+class Split(StrEnum):
+    """Images to evaluate on."""
+
+    val = "val"
+    test = "test"
+
+
+@app.command(
+    epilog="Examples: lowbit evaluate runs/demo --split test   |   lowbit evaluate model.lowbit --data my_images"
+)
+def evaluate(
+    what: Annotated[Path, typer.Argument(help="A run directory or a .lowbit file.", metavar="RUN_OR_FILE")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder of the data set's files, or of one folder of images for each class; or a data set's name. "
+            "By default the data of the run (of a file: the run that it lies in).",
+        ),
+    ] = None,
+    split: Annotated[Split, typer.Option(help="The held-out training images, or the test images.")] = Split.val,
+    threads: ThreadsOption = 1,
+) -> None:
+    """Measure accuracy: of a run's training graph, or of a file on the engine."""
+    from lowbit.train.evaluation import evaluate_file, evaluate_run
+
+    if what.is_dir():
+        found = evaluate_run(what, data, split.value)
+    else:
+        found = evaluate_file(what, data, split.value, threads)
+    table = _facts(f"{what}, {split.value} images")
+    table.add_row("accuracy", f"{found['accuracy']:.2%}")
+    table.add_row("images", f"{found['images']:,}")
+    table.add_row("computed by", found["computed_by"])
+    out.print(table)
+
+
+@app.command(epilog="Example: lowbit export runs/demo -o shoes.lowbit")
+def export(
+    run_dir: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The file; by default RUN/model.lowbit.")
+    ] = None,
+    inputs: Annotated[int, typer.Option(help="Inputs to compare interpreter and engine on, at least 500.")] = 512,
+) -> None:
+    """Freeze a finished run into a .lowbit file and prove that the file is the network that was trained.
+
+    No file is written where the proof fails.
+    """
+    from lowbit.train.export import export_run
+
+    with _progress() as report:
+        done = export_run(run_dir, output, inputs=inputs, on_progress=report)
+    out.print(_proof_table(done))
+    out.print(f"wrote [bold]{escape(str(done.path))}[/]", soft_wrap=True)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def _proof_table(done: Export) -> Table:
+    proof = done.proof
+    table = _facts(f"the proof, engine on {proof.isa}")
+    table.add_row(
+        "interpreter against engine",
+        f"{proof.integers_differ:,} of {proof.integers:,} integers differ, {proof.inputs} inputs",
+    )
+    table.add_row(
+        "root flips against the training graph", f"{proof.root_flips:,} of {proof.root_activations:,} activations"
+    )
+    table.add_row("decisions that changed", f"{proof.decisions_changed:,} of {proof.decisions:,}")
+    if proof.accuracy_training is not None and proof.accuracy_engine is not None:
+        table.add_row("accuracy, training graph", f"{proof.accuracy_training:.2%}")
+        table.add_row("accuracy, engine", f"{proof.accuracy_engine:.2%}")
+    table.add_row(
+        "file",
+        f"{done.file_bytes:,} bytes, {done.float_bytes / done.file_bytes:.1f}x smaller than the float32 parameters",
+    )
+    return table
+
+
+# --------------------------------------------------------------------------------------------- inspect, predict, bench
+
+
+@app.command(epilog="Example: lowbit inspect runs/demo/model.lowbit")
+def inspect(
+    file: FileArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what is in a file: shape, bits, bytes and multiply-accumulates of every layer, every byte accounted for."""
+    from lowbit.inspect import inspect as inspect_file
+
+    contents = inspect_file(file)
+    if as_json:
+        sys.stdout.write(json.dumps(contents.as_dict(), indent=1) + "\n")
+        return
+    out.print(_layers_table(contents))
+    out.print(_sizes_table(contents))
+
+
+def _layers_table(contents: Contents) -> Table:
+    table = Table(title=f"{contents.path}: {contents.meta.get('recipe', 'network')}", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("op")
+    for heading in ("output", "W bits", "A bits", "bytes", "MACs"):
+        table.add_column(heading, justify="right")
+    for layer in contents.layers:
+        table.add_row(
+            layer.name,
+            layer.op,
+            "x".join(map(str, layer.output)),
+            "" if layer.weight_bits is None else str(layer.weight_bits),
+            "" if layer.activation_bits is None else str(layer.activation_bits),
+            f"{layer.file_bytes:,}" if layer.file_bytes else "",
+            f"{layer.macs:,}" if layer.macs else "",
+        )
+    table.add_section()
+    total = contents.weight_bytes + contents.constant_bytes
+    table.add_row("all layers", "", "", "", "", f"{total:,}", f"{contents.macs:,}")
+    return table
+
+
+def _sizes_table(contents: Contents) -> Table:
+    table = Table(title="the file", title_justify="left", show_header=False)
+    table.add_column("part")
+    table.add_column("bytes", justify="right")
+    table.add_column("")
+    for name, size in (
+        ("weights", contents.weight_bytes),
+        ("factors, terms and slopes", contents.constant_bytes),
+        ("graph description", contents.description_bytes),
+        ("container", contents.container_bytes),
+    ):
+        table.add_row(name, f"{size:,}", f"{size / contents.file_bytes:.0%}")
+    table.add_section()
+    smaller = f"{contents.float_bytes / contents.file_bytes:.1f}x smaller than float32"
+    table.add_row("file", f"{contents.file_bytes:,}", smaller)
+    if contents.low_bit_ratio is not None:
+        table.add_row("low-bit layers, with their scales", "", f"{contents.low_bit_ratio:.1f}x smaller than float32")
+    return table
+
+
+@app.command(epilog="Examples: lowbit predict model.lowbit shoe.png   |   lowbit predict model.lowbit photos/ --top 1")
+def predict(
+    file: FileArgument,
+    images: Annotated[list[Path], typer.Argument(help="PNG or JPEG files, or folders of them.", metavar="IMAGE...")],
+    top: Annotated[int, typer.Option(help="How many classes to show.", min=1)] = 3,
+    invert: Annotated[
+        bool, typer.Option("--invert", help="Swap dark and light: for a dark object on white, of Fashion-MNIST's kind.")
+    ] = False,
+    threads: ThreadsOption = 1,
+    isa: IsaOption = None,
+) -> None:
+    """Name the classes of images. An image is resized and cropped to the network's input."""
+    from lowbit.predict import find_images
+    from lowbit.predict import predict as predict_images
+    from lowbit.runtime import load
+
+    engine = load(file, threads=threads, isa=isa)
+    table = Table(show_header=True)
+    table.add_column("image", overflow="fold")
+    table.add_column("class")
+    table.add_column("probability", justify="right")
+    for found in predict_images(engine, find_images(images), top, invert):
+        for i, (name, share) in enumerate(found.classes):
+            table.add_row(escape(str(found.path)) if i == 0 else "", escape(name), f"{share:.1%}")
+    out.print(table)
+
+
+@app.command(epilog="Example: lowbit bench runs/demo/model.lowbit --threads 1 --json runs/demo/bench.json")
+def bench(
+    file: FileArgument,
+    threads: Annotated[int, typer.Option(help="Threads, and cores, of both.", min=1)] = 1,
+    isa: IsaOption = None,
+    repeats: Annotated[int, typer.Option(help="Samples of each.", min=2)] = 30,
+    batch: Annotated[int, typer.Option(help="Images in a call.", min=1)] = 1,
+    output: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.", metavar="FILE")] = None,
+    layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Measure every layer too.")] = True,
+) -> None:
+    """Time a file beside ONNX Runtime's float32 of the same network, in turn, on the same cores."""
+    from lowbit import bench as measure
+
+    with err.status("measuring"):
+        result = measure.bench_file(file, threads=threads, isa=isa, batch=batch, repeats=repeats, layers=layers)
+    if output is not None:
+        measure.write_result(output, result)
+    if layers:
+        out.print(measure.layers_table(result))
+    out.print(measure.whole_table(result))
+    _warn(result["warnings"])
+
+
+# --------------------------------------------------------------------------------------------- report, list
+
+
+@app.command(epilog="Example: lowbit report runs/demo -o report.html")
+def report(
+    run_dir: RunArgument,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The page; by default RUN/report.html.")] = None,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Print the final facts as one table, and write nothing.")
+    ] = False,
+) -> None:
+    """Write a run as one self-contained HTML page: curves, gap, flips, confusion, sizes, speeds."""
+    from lowbit import report as page
+
+    if summary:
+        table = _facts(str(run_dir))
+        for name, value in page.summary(run_dir):
+            table.add_row(name, escape(value))
+        out.print(table)
+        return
+    path, missing = page.write_report(run_dir, output)
+    for what, command in missing:
+        err.print(f"missing: {what}; make it with [bold]{escape(command)}[/]", soft_wrap=True)
+    out.print(f"wrote [bold]{escape(str(path))}[/]", soft_wrap=True)
+
+
+class Kind(StrEnum):
+    """What there are lists of."""
+
+    recipes = "recipes"
+    models = "models"
+    methods = "methods"
+    datasets = "datasets"
+    ops = "ops"
+    isas = "isas"
+
+
+@app.command("list", epilog="Example: lowbit list methods")
+def list_(kind: Annotated[Kind | None, typer.Argument(help="What to list; by default everything.")] = None) -> None:
+    """List what there is: recipes in this folder, models, methods, data sets, ops, instruction sets."""
+    for wanted in [kind] if kind else list(Kind):
+        try:
+            rows = _LISTS[wanted]()
+        except ModuleNotFoundError as error:
+            if kind:
+                raise
+            rows = [("", explain(error) or str(error))]
+        table = Table(title=wanted.value, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 1))
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for name, what in rows:
+            table.add_row(escape(name), f"[dim]{escape(what)}[/]")
+        out.print(table)
+        if not kind:
+            out.print()
+
+
+def _recipes() -> list[tuple[str, str]]:
+    import yaml
+
+    rows = []
+    for path in sorted(Path("recipes").rglob("*.yaml")):
+        try:
+            tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+            rows.append((str(path), str(tree.get("description", ""))))
+        except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+            rows.append((str(path), "not a recipe"))
+    return rows or [("", "none: recipes are looked for in ./recipes, the folder of lowbit's repository")]
+
+
+def _about(registry: Any) -> list[tuple[str, str]]:
+    return [(name, ((registry.get(name).__doc__ or "").strip().splitlines() or [""])[0]) for name in registry]
+
+
+def _models() -> list[tuple[str, str]]:
+    from lowbit.train.models import MODELS
+
+    return [*_about(MODELS), ("package.module:function", "Your own: any function that gives an nn.Module.")]
+
+
+def _methods() -> list[tuple[str, str]]:
+    from lowbit.train.quantizers import ACTIVATIONS, WEIGHTS
+
+    weights = [(name, f"weights: {what}") for name, what in _about(WEIGHTS)]
+    return weights + [(name, f"activations: {what}") for name, what in _about(ACTIVATIONS)]
+
+
+def _datasets() -> list[tuple[str, str]]:
+    from lowbit.train.data import DATASETS
+
+    return _about(DATASETS)
+
+
+def _ops() -> list[tuple[str, str]]:
+    from lowbit.graph import OPS
+
+    return [(name, "") for name in OPS] + [("", "docs/OPS.md says what each one means")]
+
+
+def _isas() -> list[tuple[str, str]]:
+    from lowbit.runtime import isas
+
+    return [(name, "this CPU runs it" if there else "not on this CPU") for name, there in isas().items()]
+
+
+_LISTS: Final[dict[Kind, Callable[[], list[tuple[str, str]]]]] = {
+    Kind.recipes: _recipes,
+    Kind.models: _models,
+    Kind.methods: _methods,
+    Kind.datasets: _datasets,
+    Kind.ops: _ops,
+    Kind.isas: _isas,
+}

@@ -1,0 +1,121 @@
+"""Accuracy of what there is already: a run's training graph, or a .lowbit file on the engine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit.runtime import Engine, load
+from lowbit.train.data import DATASETS, DataError, ImageData
+from lowbit.train.freeze import to_numpy
+from lowbit.train.recipe import Recipe, load_recipe
+from lowbit.train.rundir import InputSpec, read_run
+from lowbit.train.trainer import evaluate, load_data, load_run
+
+__all__ = ["evaluate_file", "evaluate_run"]
+
+
+def evaluate_run(run_dir: str | os.PathLike[str], data: str | None = None, split: str = "val") -> dict[str, Any]:
+    """Evaluate the training graph of a finished run.
+
+    Args:
+        run_dir: the run.
+        data: another folder for the recipe's data set; None for the recipe's own.
+        split: "val" or "test".
+
+    Returns:
+        ``accuracy`` (0 to 1), ``loss``, ``images``, ``confusion``, ``computed_by``.
+
+    Raises:
+        RunError: not a finished run. DataError: the data is missing.
+    """
+    run_dir = Path(run_dir)
+    recipe, model = load_run(run_dir)
+    spec = InputSpec.from_json(read_run(run_dir)["input"])
+    x, y = _split(_of_recipe(recipe, data), split, spec.classes)
+    return {**evaluate(model, recipe, spec, x, y), "computed_by": "the training graph"}
+
+
+def evaluate_file(
+    path: str | os.PathLike[str], data: str | None = None, split: str = "val", threads: int = 1
+) -> dict[str, Any]:
+    """Evaluate a file on the engine.
+
+    Args:
+        path: a .lowbit file.
+        data: the name of a data set or a folder: the files of Fashion-MNIST, or one folder of images for each class
+            (all of them are used where there is no ``test`` folder). None for the data of the run the file lies in.
+        split: "val" or "test".
+        threads: of the engine.
+
+    Returns:
+        ``accuracy`` (0 to 1), ``images``, ``confusion`` (rows are truth), ``computed_by``.
+
+    Raises:
+        FileError: not a lowbit file. DataError: no data, or of other classes.
+    """
+    engine = load(path, threads=threads)
+    beside = Path(path).parent / "recipe.yaml"
+    classes = tuple(engine.meta.get("classes", ()))
+    if beside.is_file() and data not in DATASETS:
+        x, y = _split(_of_recipe(load_recipe(beside), data), split, classes)
+    elif data is None:
+        raise DataError(f"{os.fspath(path)}: lies in no run directory; say what to evaluate on with --data")
+    else:
+        x, y = _of_folder(engine, data, split, classes)
+    count = len(classes)
+    confusion = np.zeros((count, count), np.int64)
+    for start in range(0, len(x), 500):
+        images, truth = x[start : start + 500], y[start : start + 500].numpy()
+        answers = engine(to_numpy(images)).reshape(len(images), -1).argmax(axis=1)
+        np.add.at(confusion, (truth, answers), 1)
+    return {
+        "accuracy": int(confusion.trace()) / len(x),
+        "images": len(x),
+        "confusion": confusion.tolist(),
+        "computed_by": f"the engine, {engine.isa}, {engine.threads} thread{'s'[: engine.threads > 1]}",
+    }
+
+
+def _of_recipe(recipe: Recipe, folder: str | None) -> ImageData:
+    if folder is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": folder})})
+    return load_data(recipe)
+
+
+def _of_folder(engine: Engine, data: str, split: str, classes: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    if data in DATASETS and data != "image_folder":
+        return _split(DATASETS.get(data)(), split, classes)
+    folder = Path(data)
+    if any(folder.glob("*-idx3-ubyte.gz")):
+        return _split(DATASETS.get("fashion_mnist")(root=folder), split, classes)
+    height, width, channels = engine.input_shape
+    if height != width:
+        raise DataError(f"{folder}: the network reads {height}x{width} images; folders are read as squares")
+    found = DATASETS.get("image_folder")(root=folder, size=height, channels=channels)
+    if (folder / "test").is_dir():
+        return _split(found, split, classes)
+    _check_classes(found, classes)
+    return found.full_x, found.full_y
+
+
+def _split(data: ImageData, split: str, classes: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    _check_classes(data, classes)
+    x, y = (data.test_x, data.test_y) if split == "test" else (data.val_x, data.val_y)
+    if len(x) == 0:
+        raise DataError(f"{data.name}: no {split} images")
+    assert x.dtype == torch.uint8
+    return x, y
+
+
+def _check_classes(data: ImageData, classes: tuple[str, ...]) -> None:
+    if tuple(data.classes) != classes:
+        raise DataError(
+            f"{data.name}: has the classes {', '.join(data.classes[:5])}, ...; the network answers "
+            f"{', '.join(classes[:5])}, ..."
+        )
