@@ -406,6 +406,11 @@ def _output(c: _Context) -> ValueType:
     return c.one(*_ANY)
 
 
+ROLES: Final[Mapping[str, str]] = MappingProxyType(
+    {"conv2d": "weight", "linear": "weight", "mul": "factor", "add": "term", "prelu": "slope"}
+)
+"""The constant of the ops that have one (an `add` of two values has none)."""
+
 OPS: Final[Mapping[str, Callable[[_Context], ValueType]]] = MappingProxyType(
     {
         "input": _input,

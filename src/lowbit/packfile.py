@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from lowbit.bits import Codes, pack, packed_size, unpack
 from lowbit.files import write_atomic
-from lowbit.graph import Graph, GraphError, Node, Tensor
+from lowbit.graph import ROLES, Graph, GraphError, Node, Tensor
 
 FORMAT: Final = 1
 KEY: Final = "lowbit"
@@ -52,7 +52,7 @@ def dumps(graph: Graph) -> bytes:
         t = graph.tensors[name]
         tensors[name] = t.data if t.codes is None else pack(t.codes.index(t.data), t.codes.bits)
     description = {
-        "nodes": [_node_to_json(node) for node in graph.nodes],
+        "nodes": [_node_to_json(n, before) for n, before in zip(graph.nodes, (None, *graph.nodes), strict=False)],
         "tensors": {name: _codes_to_json(t) for name, t in graph.tensors.items() if t.codes is not None},
         "meta": dict(graph.meta),
     }
@@ -100,7 +100,9 @@ def _decode(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> Graph:
     description = header["graph"]
     if header["sha256"] != _checksum(_canonical(description), tensors):
         raise FileError("damaged: the checksum does not match its content")
-    nodes = tuple(_node_from_json(node) for node in description["nodes"])
+    nodes: list[Node] = []
+    for node in description["nodes"]:
+        nodes.append(_node_from_json(node, nodes[-1] if nodes else None))
     coded = description["tensors"]
     if not set(coded) <= set(tensors):
         raise FileError("describes a tensor that it does not hold")
@@ -112,7 +114,7 @@ def _decode(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> Graph:
             raise FileError(f"the tensor {name!r} is {data.dtype}, neither float32 nor described as codes")
         else:
             constants[name] = Tensor(data)
-    graph = Graph(nodes, constants, description["meta"])
+    graph = Graph(tuple(nodes), constants, description["meta"])
     graph.validate()
     return graph
 
@@ -131,25 +133,33 @@ def _checksum(canonical: str, tensors: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _node_to_json(node: Node) -> dict[str, Any]:
+def _usual(op: str, name: str, inputs: Sequence[str]) -> dict[str, str]:
+    """The constants of a node under their usual names, which the file leaves out."""
+    role = ROLES.get(op)
+    return {} if role is None or len(inputs) != 1 else {role: f"{name}.{role}"}
+
+
+def _node_to_json(node: Node, before: Node | None) -> dict[str, Any]:
     out: dict[str, Any] = {"op": node.op, "name": node.name}
-    if node.inputs:
+    if list(node.inputs) != ([before.name] if before else []):
         out["inputs"] = list(node.inputs)
-    if node.params:
+    if dict(node.params) != _usual(node.op, node.name, node.inputs):
         out["params"] = dict(node.params)
     if node.attrs:
         out["attrs"] = dict(node.attrs)
     return out
 
 
-def _node_from_json(value: dict[str, Any]) -> Node:
+def _node_from_json(value: dict[str, Any], before: Node | None) -> Node:
     if not {"op", "name"} <= set(value) <= {"op", "name", "inputs", "params", "attrs"}:
         raise FileError(f"a node has the wrong keys: {sorted(value)}")
     attrs = {key: _tuples(item) for key, item in value.get("attrs", {}).items()}
-    inputs = value.get("inputs", [])
-    if not all(isinstance(name, str) for name in [value["op"], value["name"], *inputs, *value.get("params", {}).values()]):
+    op, name = value["op"], value["name"]
+    inputs = value.get("inputs", [before.name] if before else [])
+    params = value.get("params", _usual(op, name, inputs))
+    if not all(isinstance(text, str) for text in [op, name, *inputs, *params.values()]):
         raise FileError("a node has a name that is no string")
-    return Node(value["op"], value["name"], tuple(inputs), value.get("params", {}), attrs)
+    return Node(op, name, tuple(inputs), params, attrs)
 
 
 def _tuples(value: Any) -> Any:

@@ -228,7 +228,7 @@ class _Freezer:
         name = self._name(wish)
         roles = {}
         for role, tensor in (params or {}).items():
-            key = f"{name}.{role}" if role == "weight" else name
+            key = f"{name}.{role}"
             self.tensors[key] = tensor
             roles[role] = key
         self.nodes.append(lg.Node(op, name, tuple(inputs), roles, attrs or {}))
