@@ -60,7 +60,8 @@ def export_run(
 ) -> Export:
     """Freeze a finished run into a file, load that file into the engine and prove the two equal; then give it its name.
 
-    Interpreter and engine are compared on validation images, decisions over the whole test set, which is read once, here.
+    Interpreter and engine are compared on validation images, decisions over the whole test set, which is read once, here;
+    a data set without one gives its validation images.
 
     Args:
         run_dir: the run.
@@ -92,7 +93,8 @@ def export_run(
         trial.write_bytes(content)
         engine = lowbit.load(trial)
         probe = _probe(data, inputs)
-        proof = prove(model, graph, engine, probe, (data.test_x, data.test_y), on_progress)
+        labelled = (data.test_x, data.test_y) if data.has_test else (data.val_x, data.val_y)
+        proof = prove(model, graph, engine, probe, labelled, on_progress)
     float_bytes = 4 * sum(p.numel() for p in _float_twin(recipe, spec).parameters())
     write_json(
         run_dir / "proof.json", {**proof.as_dict(), "file_bytes": len(content), "float_bytes": float_bytes}

@@ -44,6 +44,7 @@ class Proof:
         cascaded_flips: codes that differ on `root_inputs` inputs when nothing is corrected.
         decisions, decisions_changed: argmax of training graph and engine.
         accuracy_training, accuracy_engine: on the labelled inputs, or None without labels.
+        confusion: on the same inputs, rows are the truth, columns the engine's answers; None without labels.
         isa: the engine's instruction set.
     """
 
@@ -60,6 +61,7 @@ class Proof:
     decisions_changed: int = 0
     accuracy_training: float | None = None
     accuracy_engine: float | None = None
+    confusion: list[list[int]] | None = None
     isa: str = ""
 
     @property
@@ -122,6 +124,8 @@ def prove(
         report("interpreter against engine", min(start + _BATCH, len(inputs)), len(inputs))
     x, labels = test if test is not None else (inputs, None)
     right_training = right_engine = 0
+    classes = int(np.prod(engine.output_shape)) if labels is not None else 0
+    confusion = np.zeros((classes, classes), np.int64)
     for start in range(0, len(x), 500):
         batch = x[start : start + 500]
         with torch.no_grad():
@@ -133,10 +137,12 @@ def prove(
             truth = labels[start : start + 500].cpu().numpy()
             right_training += int((ours == truth).sum())
             right_engine += int((theirs == truth).sum())
+            np.add.at(confusion, (truth, theirs), 1)
         report("decisions", min(start + 500, len(x)), len(x))
     if labels is not None:
         proof.accuracy_training = right_training / proof.decisions
         proof.accuracy_engine = right_engine / proof.decisions
+        proof.confusion = confusion.tolist()
     return proof
 
 

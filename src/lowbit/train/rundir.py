@@ -17,17 +17,16 @@ import csv
 import io
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import lowbit.machine
 from lowbit.train.data import ImageData
 
 __all__ = [
@@ -176,29 +175,13 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of everything a result may depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("lowbit", "torch", "lightning", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+    return lowbit.machine.versions("lowbit", "torch", "lightning", "numpy")
 
 
 def machine(device: str) -> dict[str, Any]:
     """Processor, cores and threads of this machine, and the GPU where one is used; no names, no paths."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                processor = line.partition(":")[2].strip()
-                break
     return {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "processor": processor,
-        "cores": os.cpu_count(),
+        **lowbit.machine.machine(),
         "threads": torch.get_num_threads(),
         "device": device,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,

@@ -107,4 +107,5 @@ def image_folder(
         validation=validation,
         split_seed=SPLIT_SEED,
         train_images=train_images,
+        has_test=apart,
     )

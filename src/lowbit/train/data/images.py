@@ -49,6 +49,7 @@ class ImageData:
         validation: how many training images are held out to choose by.
         split_seed: seed of the permutation whose first ``validation`` entries are held out.
         train_images: use only this many of the training images (in permuted order); None for all.
+        has_test: False where no images are set apart for a test; ``read_test`` then raises DataError.
     """
 
     name: str
@@ -61,6 +62,7 @@ class ImageData:
     validation: int = 0
     split_seed: int = 0
     train_images: int | None = None
+    has_test: bool = True
 
     @cached_property
     def _all(self) -> Labelled:
