@@ -363,7 +363,7 @@ class Draw:
 
 
 def draw(seed: int, ask: dict[str, Any] | None = None, steps: int = 8) -> Graph:
-    """A random Graph. `ask` may name an `op`, the type `x` of its input, a weight kind `w`, widths: it holds that node."""
+    """A random Graph. `ask` names an `op`, the type `x` of its input, a weight kind `w`, widths: it holds that node."""
     d = Draw(np.random.default_rng(seed))
     ask = ask or {}
     x, op = ask.get("x", ""), ask.get("op", "")

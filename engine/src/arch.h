@@ -7,10 +7,12 @@
 
 #include "kernels/kernels.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#ifndef LOWBIT_X86
+#if defined(__x86_64__)
 #define LOWBIT_X86 1
 #else
 #define LOWBIT_X86 0
+#endif
 #endif
 
 namespace lowbit {
