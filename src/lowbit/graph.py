@@ -461,7 +461,6 @@ def _edges(graph: Graph) -> Iterator[str]:
 def _infer(graph: Graph) -> dict[str, ValueType]:
     if len(graph.nodes) < 2 or graph.input.op != "input" or graph.output.op != "output":
         raise GraphError("a Graph starts with an input and ends with an output")
-    _check_tensors(graph)
     types: dict[str, ValueType] = {}
     for node in graph.nodes:
         rule = OPS.get(node.op)
@@ -476,6 +475,7 @@ def _infer(graph: Graph) -> dict[str, ValueType]:
             raise GraphError(f"{node.name}: a Graph has one input and one output")
         value = rule(_Context(graph, node, tuple(types[name] for name in node.inputs)))
         types[node.name] = value
+    _check_tensors(graph)
     used = set(_edges(graph))
     for node in graph.nodes[:-1]:
         if node.name not in used:

@@ -1,0 +1,153 @@
+"""Graph's own rules (docs/OPS.md): what is refused, and that messages name the node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lowbit import Codes, Graph, GraphError, Node, Tensor
+
+BIPOLAR = Codes("bipolar", 1)
+
+
+def weight(*shape: int, codes: Codes = BIPOLAR) -> Tensor:
+    return Tensor(np.full(shape, codes.high, np.int16), codes)
+
+
+def constant(*values: float) -> Tensor:
+    return Tensor(np.array(values, np.float32))
+
+
+GEOMETRY = {"stride": (1, 1), "padding": (1, 1, 1, 1), "dilation": (1, 1), "groups": 1}
+
+
+def chain(*nodes: Node, tensors: dict[str, Tensor] | None = None, shape: tuple[int, ...] = (6, 6, 4), **attrs: Any) -> Graph:
+    """input -> nodes -> output, each reading the one before unless it says otherwise."""
+    first = Node("input", "in", (), attrs={"shape": shape, "dtype": "float32", **attrs})
+    body, last = [], "in"
+    for n in nodes:
+        body.append(Node(n.op, n.name, n.inputs or (last,), n.params, n.attrs))
+        last = n.name
+    return Graph((first, *body, Node("output", "out", (last,))), tensors or {})
+
+
+def sign(name: str = "q") -> Node:
+    return Node("quantize", name, attrs={"kind": "bipolar", "bits": 1})
+
+
+def conv(name: str = "c", **attrs: Any) -> Node:
+    return Node("conv2d", name, params={"weight": "w"}, attrs={**GEOMETRY, **attrs})
+
+
+def test_types_are_inferred() -> None:
+    scale = Node("mul", "m", params={"factor": "f"})
+    types = chain(sign(), conv(stride=(2, 2)), scale, tensors={"w": weight(8, 3, 3, 4), "f": constant(0.5)}).validate()
+    assert str(types["q"]) == "1-bit bipolar 6x6x4"
+    assert (types["c"].dtype, types["c"].shape) == ("int32", (3, 3, 8))
+    assert (types["out"].dtype, types["out"].shape) == ("float32", (3, 3, 8))
+
+
+def test_float_sides_make_float_products() -> None:
+    assert chain(conv(), tensors={"w": weight(2, 3, 3, 4)}).validate()["c"].dtype == "float32"
+    floats = Tensor(np.ones((2, 3, 3, 4), np.float32))
+    assert chain(sign(), conv(), tensors={"w": floats}).validate()["c"].dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        (Graph((), {}), "starts with an input"),
+        (chain(Node("softmax", "s")), "s: unknown op 'softmax'"),
+        (chain(Node("relu", "in")), "'in' is empty or used twice"),
+        (chain(Node("relu", "r", ("later",))), "its input 'later' is no earlier node"),
+        (chain(Node("relu", "r"), Node("relu", "s", ("in",))), "r .relu.: its value is used by no node"),
+        (chain(Node("output", "o"), Node("relu", "r")), "o: a Graph has one input and one output"),
+        (chain(Node("relu", "r"), tensors={"x": constant(1)}), "the constant 'x' is used by no node"),
+        (chain(shape=(0, 4, 4)), "in .input.: a side is 1"),
+        (chain(dtype="int8"), "dtype is uint8 or float32"),
+        (chain(dtype="uint8", zero_point=(1, 2)), "zero_point must be 4 integers"),
+        (chain(Node("mul", "m", params={"factor": "f"})), "m .mul.: the constant 'factor' .'f'. is missing"),
+        (chain(Node("mul", "m", params={"factor": "f"}), tensors={"f": constant(1, 2)}), r"factor must be float32 of shape \(4,\)"),
+        (chain(Node("mul", "m", params={"factor": "f"}), tensors={"f": constant(np.nan)}), "'f' holds infinities or NaN"),
+        (chain(sign(), Node("relu", "r")), "r .relu.: takes float32 or float16, got 1-bit bipolar"),
+        (chain(sign("a"), sign("b")), "b .quantize.: takes float32 or float16"),
+        (chain(Node("quantize", "q", attrs={"kind": "bipolar", "bits": 2})), "bipolar activations have 1 bit"),
+        (chain(Node("quantize", "q", attrs={"kind": "unsigned", "bits": 9, "reciprocal": 1.0})), "1 to 8 bits, not 9"),
+        (chain(Node("quantize", "q", attrs={"kind": "unsigned", "bits": 2, "reciprocal": 0.0})), "reciprocal must be positive"),
+        (chain(Node("quantize", "q", attrs={"kind": "unsigned", "bits": 2, "reciprocal": 0.1})), "finite float32, got 0.1"),
+        (chain(Node("quantize", "q", attrs={"kind": "unsigned", "bits": 2})), "attribute 'reciprocal' is missing"),
+        (chain(conv(groups=3), tensors={"w": weight(3, 3, 3, 4)}), "groups=3 must divide"),
+        (chain(conv(), tensors={"w": weight(2, 3, 3, 5)}), "weight has 5 input channels a group, the input has 4"),
+        (chain(conv(), tensors={"w": weight(2, 12, 1, 4)}), "kernels are 1..11"),
+        (chain(conv(stride=(0, 1)), tensors={"w": weight(2, 3, 3, 4)}), "stride must be 2 integers in 1..8"),
+        (chain(conv(stride=[1, 1]), tensors={"w": weight(2, 3, 3, 4)}), "stride must be"),
+        (chain(conv(stride=(True, 1)), tensors={"w": weight(2, 3, 3, 4)}), "stride must be"),
+        (chain(conv(padding=(3, 1, 1, 1)), tensors={"w": weight(2, 3, 3, 4)}), "padding .* not less than the kernel"),
+        (chain(conv(padding=(0, 0, 0, 0)), tensors={"w": weight(2, 7, 3, 4)}), "larger than the padded input"),
+        (chain(Node("linear", "l", params={"weight": "w"}), tensors={"w": weight(2, 4)}), "flatten images first"),
+        (chain(Node("cast", "t", attrs={"dtype": "bfloat16"})), "casts to float16 or float32"),
+        (chain(Node("clip", "t", attrs={"low": 1.0, "high": 0.0})), "low is above high"),
+        (chain(Node("pixel_shuffle", "p", attrs={"factor": 3})), "squared must divide the 4 channels"),
+        (chain(Node("concat", "k")), "joins two values or more"),
+        (chain(Node("global_avg_pool", "g"), Node("concat", "k", ("in", "g"))), "one type and size"),
+        (chain(Node("global_avg_pool", "g"), Node("add", "a", ("in", "g"))), "adds values of one shape"),
+        (chain(Node("avg_pool", "p", attrs={"kernel": (2, 2), "stride": (2, 2), "padding": (0,) * 4, "count_include_pad": 1})), "true or false"),
+    ],
+)  # fmt: skip
+def test_broken_graphs_are_refused(graph: Graph, message: str) -> None:
+    with pytest.raises(GraphError, match=message):
+        graph.validate()
+
+
+def test_codes_outside_their_kind_are_refused() -> None:
+    bad = Tensor(np.zeros((2, 3, 3, 4), np.int16), BIPOLAR)
+    with pytest.raises(GraphError, match="'w': codes outside 1-bit bipolar"):
+        chain(sign(), conv(), tensors={"w": bad}).validate()
+
+
+def test_accumulators_have_32_bits() -> None:
+    """The real weights count: one filter at the limit, one step below it."""
+    pixels = {"dtype": "uint8", "zero_point": (0,) * 33025, "shape": (1, 1, 33025)}
+    eight = Codes("bipolar", 8)
+    w = np.full((1, 1, 1, 33025), 255, np.int16)
+    graph = chain(conv(padding=(0,) * 4), tensors={"w": Tensor(w, eight)}, **pixels)
+    assert 33025 * 255 * 255 < 2**31
+    graph.validate()
+    wide = {**pixels, "zero_point": (0,) * 33026, "shape": (1, 1, 33026)}
+    w = np.full((1, 1, 1, 33026), 255, np.int16)
+    with pytest.raises(GraphError, match="c .conv2d.: the accumulator could reach 2147515650"):
+        chain(conv(padding=(0,) * 4), tensors={"w": Tensor(w, eight)}, **wide).validate()
+
+
+def test_zero_points_go_to_products_only() -> None:
+    pixels = {"dtype": "uint8", "zero_point": (1, 2, 3, 4)}
+    pool = Node("max_pool", "p", attrs={"kernel": (2, 2), "stride": (2, 2), "padding": (0, 0, 0, 0)})
+    with pytest.raises(GraphError, match="p .max_pool.: pixels with a zero point"):
+        chain(pool, **pixels).validate()
+    types = chain(Node("flatten", "f"), Node("linear", "l", params={"weight": "w"}), tensors={"w": weight(2, 144)}, **pixels).validate()
+    assert types["f"].codes.zero_point == (1, 2, 3, 4) * 36
+    assert (types["f"].codes.low, types["f"].codes.high) == (-4, 254)
+
+
+def test_graphs_and_tensors_do_not_change() -> None:
+    data = np.ones(4, np.float32)
+    t = Tensor(data)
+    data[0] = 5
+    assert t.data[0] == 1
+    with pytest.raises(ValueError, match="read-only"):
+        t.data[0] = 2
+    node = sign()
+    with pytest.raises(TypeError):
+        node.attrs["bits"] = 2  # type: ignore[index]
+
+
+def test_resized() -> None:
+    graph = chain(sign(), conv(), tensors={"w": weight(2, 3, 3, 4)})
+    assert graph.resized(9, 5).validate()["out"].shape == (9, 5, 2)
+    flat = chain(Node("flatten", "f"), Node("linear", "l", params={"weight": "w"}), tensors={"w": weight(2, 144)})
+    with pytest.raises(GraphError, match="l .linear."):
+        flat.resized(7, 6)
+    with pytest.raises(GraphError, match="a vector, not an image"):
+        chain(shape=(4,)).resized(2, 2)
