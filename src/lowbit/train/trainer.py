@@ -6,11 +6,13 @@ import json
 import logging
 import math
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,7 +174,7 @@ def evaluate(
     try:
         return _task(recipe, spec).evaluate(model, x, y, batch_size or recipe.train.eval_batch_size)
     finally:
-        for module, training in reversed(modes):
+        for module, training in modes:  # parents come first, so every module ends as it was
             module.train(training)
 
 
@@ -214,6 +216,7 @@ class _Module(L.LightningModule):
         self.flips = FlipCounter(model)
         self.rows: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
+        self.after_epoch: Callable[[], None] = lambda: None
         self._state_bn = recipe.quantize.state_batchnorm
         self._channels_last = recipe.train.channels_last
         self._by_step = recipe.schedule.every == "step"
@@ -307,6 +310,7 @@ class _Module(L.LightningModule):
                 )
         self.rows.append(row)
         write_metrics(self._run_dir / "metrics.csv", self.rows, metric)
+        self.after_epoch()
         shown = {k: v for k, v in row.items() if v is not None and k not in ("epoch", "step")}
         if self.logger is not None:
             self.logger.log_metrics(shown, step=epoch + 1)
@@ -479,11 +483,11 @@ def train(
     write_json(run_dir / "run.json", run)
     already, clock = float(run["wall_seconds"]), time.perf_counter()
 
-    def close(status: str, error: str | None = None) -> None:
+    def note(status: str, error: str | None = None) -> None:
         run.update(
             status=status,
             error=error,
-            finished=now(),
+            finished=None if status == "running" else now(),
             wall_seconds=round(already + time.perf_counter() - clock, 3),
             epochs_done=len(read_metrics(run_dir)),
         )
@@ -491,15 +495,34 @@ def train(
 
     try:
         module = _Module(model, recipe, task, data, calibration, run_dir)
+        module.after_epoch = lambda: note("running")  # so that a run that is killed tells how far it came
         last = run_dir / "checkpoints" / "last.ckpt"
         _fit(module, batches, device, progress, callbacks, last if resume and last.is_file() else None)
         run["results"] = _finish(module, data, calibration, test, run["warnings"])
-        close("finished")
+        note("finished")
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        close("failed", "interrupted" if stopped else f"{type(error).__name__}: {error}")
+        stopped = isinstance(error, KeyboardInterrupt)
+        with suppress(OSError):  # a full disk can't be told about itself; the first error is the one to see
+            note("failed", "interrupted" if stopped else f"{type(error).__name__}: {error}")
         raise
     return RunResult(run_dir, model, json.loads(json.dumps(run)))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lightning answers Ctrl-C with SystemExit and leaves the signal ignored; this gives back what was there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _fit(
@@ -528,7 +551,7 @@ def _fit(
     ]
     if bar:
         extra.append(TQDMProgressBar(refresh_rate=20))
-    with _quiet_lightning():
+    with _quiet_lightning(), _interruptible():
         trainer = L.Trainer(
             accelerator="gpu" if device == "cuda" else "cpu",
             devices=1,
