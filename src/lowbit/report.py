@@ -1,0 +1,354 @@
+"""A run directory -> one self-contained HTML page, and the same facts in a few lines. Needs ``lowbit[train]``.
+
+The page holds everything inline: no script, no font, no picture is loaded from elsewhere. Plots are SVG in the text's
+own colour, so that they read on light and dark grounds. Parts that a run does not have yet are named with the command
+that makes them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from lowbit.files import write_atomic
+from lowbit.inspect import Contents, inspect
+from lowbit.packfile import FileError
+from lowbit.train.rundir import RunError, read_metrics, read_run
+
+BLUE: Final = "#3b7dd8"
+ORANGE: Final = "#e07b39"
+GREEN: Final = "#2f9e73"
+_INK: Final = "#010203"  # becomes the text's colour
+
+_STYLE: Any = {  # matplotlib types its keys as one huge Literal
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": _INK,
+    "grid.alpha": 0.12,
+    "grid.linewidth": 0.8,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+Missing = tuple[str, str]
+Fact = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run directory holds; None for what is not there yet."""
+
+    place: Path
+    run: dict[str, Any]
+    rows: list[dict[str, float | None]]
+    recipe: str
+    contents: Contents | None
+    proof: dict[str, Any] | None
+    bench: dict[str, Any] | None
+    missing: list[Missing] = field(default_factory=list)
+
+    @staticmethod
+    def read(run_dir: str | os.PathLike[str]) -> _Run:
+        place = Path(run_dir)
+        run = read_run(place)
+        missing: list[Missing] = []
+        if run["status"] != "finished":
+            done = f"it is {run['status']} after {run['epochs_done']} of {run['epochs']} epochs"
+            missing.append((f"the end of the training ({done})", f"lowbit train {place} --resume"))
+        model = place / "model.lowbit"
+        contents = inspect(model) if model.is_file() else None
+        proof = _read_json(place / "proof.json")
+        if contents is None or proof is None:
+            missing.append(("the exported file and its proof", f"lowbit export {place}"))
+        bench = _read_json(place / "bench.json")
+        if bench is None:
+            missing.append(("the speed", f"lowbit bench {model} --json {place / 'bench.json'}"))
+        recipe = place / "recipe.yaml"
+        text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
+        return _Run(place, run, read_metrics(place), text, contents, proof, bench, missing)
+
+    @property
+    def confusion(self) -> tuple[list[list[int]], str] | None:
+        """The confusion matrix, and what it is of."""
+        if self.proof and self.proof.get("confusion"):
+            return self.proof["confusion"], f"{self.proof['decisions']:,} images, answered by the engine"
+        results = self.run["results"] or {}
+        for part, name in (("test", "test"), ("validation", "held-out")):
+            found = results.get(part)
+            if found and found.get("confusion"):
+                return found["confusion"], f"{found['images']:,} {name} images, answered by the training graph"
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path}: not JSON ({error}); delete it and make it again") from None
+    if not isinstance(tree, dict):
+        raise RunError(f"{path}: not what lowbit wrote; delete it and make it again")
+    return tree
+
+
+# --------------------------------------------------------------------------------------------- facts
+
+
+def summary(run_dir: str | os.PathLike[str]) -> list[Fact]:
+    """The final facts of a run, (name, value), in the order in which they matter.
+
+    Raises:
+        RunError: not a run directory. FileError: a damaged file.
+    """
+    found = _Run.read(run_dir)
+    facts = _facts(found)
+    page = found.place / "report.html"
+    if page.is_file():
+        facts.append(("report", str(page)))
+    return facts + [(f"missing: {what}", command) for what, command in found.missing]
+
+
+def _facts(found: _Run) -> list[Fact]:
+    return [*_accuracy_facts(found), *_proof_facts(found), *_size_facts(found), *_speed_facts(found)]
+
+
+def _accuracy_facts(found: _Run) -> list[Fact]:
+    proof, results = found.proof, found.run["results"] or {}
+    if proof and proof["accuracy_engine"] is not None:
+        images = f"{proof['decisions']:,} images"
+        return [
+            ("accuracy, training graph", f"{proof['accuracy_training']:.2%} of {images}"),
+            ("accuracy, engine", f"{proof['accuracy_engine']:.2%} of {images}"),
+        ]
+    return [
+        (f"accuracy, {part}", f"{results[part][found.run['metric']]:.2%} of {results[part]['images']:,} images")
+        for part in ("validation", "test")
+        if results.get(part)
+    ]
+
+
+def _proof_facts(found: _Run) -> list[Fact]:
+    proof = found.proof
+    if proof is None:
+        return []
+    facts = [
+        (
+            "integers that differ, interpreter and engine",
+            f"{proof['integers_differ']:,} of {proof['integers']:,}, on {proof['inputs']:,} images",
+        ),
+        (
+            "root flips against the training graph",
+            f"{proof['root_flips']:,} of {proof['root_activations']:,} activations",
+        ),
+        ("decisions that changed", f"{proof['decisions_changed']:,} of {proof['decisions']:,}"),
+    ]
+    return facts + [("the proof fails", failure) for failure in proof["failures"]]
+
+
+def _size_facts(found: _Run) -> list[Fact]:
+    if found.contents is None or found.proof is None:
+        return []
+    size, whole = found.contents.file_bytes, found.proof["float_bytes"]
+    facts = [("file", f"{size:,} bytes, {whole / size:.1f}x smaller than the float32 parameters ({whole:,} bytes)")]
+    ratio = found.contents.low_bit_ratio
+    if ratio is not None:
+        facts.append(("low-bit layers with their scales", f"{ratio:.1f}x smaller than in float32"))
+    return facts
+
+
+def _speed_facts(found: _Run) -> list[Fact]:
+    if found.bench is None:
+        return []
+    whole, batch, threads = found.bench["whole"], found.bench["batch"], found.bench["threads"]
+    on = f"{threads} thread{'s'[: threads > 1]}, {found.bench['isa']}"
+    ours, theirs = (1e3 * whole[side]["median"] / batch for side in ("ours", "theirs"))
+    return [
+        ("time for an image", f"{ours:.3f} ms on {on}"),
+        ("the same in ONNX Runtime, float32", f"{theirs:.3f} ms: lowbit is {whole['ratio']:.1f}x faster"),
+    ]
+
+
+# --------------------------------------------------------------------------------------------- plots
+
+
+def _column(rows: Sequence[dict[str, float | None]], key: str) -> tuple[list[float], list[float]]:
+    points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+    return [x or 0.0 for x, _ in points], [y or 0.0 for _, y in points]
+
+
+def _line(axes: Axes, rows: Sequence[dict[str, float | None]], key: str, color: str, label: str | None = None) -> bool:
+    x, y = _column(rows, key)
+    if x:
+        marker = {"marker": "o", "markersize": 3.5} if len(x) <= 40 else {}
+        axes.plot(x, y, color=color, label=label, **marker)  # type: ignore[arg-type]
+    return bool(x)
+
+
+def _axes(y_label: str, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(5.6, 3.1 if panels == 1 else 3.6), layout="constrained")
+    axes = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+    axes[0].set_ylabel(y_label)
+    axes[-1].set_xlabel("epoch")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
+
+
+def _svg(figure: Figure, label: str) -> str:
+    """The figure as an element of the page, in the colour of the text around it."""
+    stream = io.StringIO()
+    figure.patch.set_alpha(0)
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def _plots(found: _Run) -> list[dict[str, str]]:
+    rows, metric = found.rows, found.run["metric"]
+    if not rows:
+        return []
+    plots = []
+
+    def keep(figure: Figure, title: str, note: str) -> None:
+        with matplotlib.rc_context():
+            matplotlib.rcParams["svg.hashsalt"] = title  # ids must differ between the figures of a page
+            plots.append({"title": title, "svg": _svg(figure, title), "note": note})
+
+    with matplotlib.rc_context(_STYLE):
+        for key, label, title in (("loss", "cross-entropy", "Loss"), (metric, metric, metric.capitalize())):
+            figure, (axes,) = _axes(f"{label} (%)" if key != "loss" else f"{label} (nats)")
+            _line(axes, rows, f"train_{key}", BLUE, "training, soft weights")
+            _line(axes, rows, f"val_{key}", ORANGE, "held out, hard weights")
+            if key != "loss":
+                axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+            axes.legend()
+            held_out = any(row.get(f"val_{key}") is not None for row in rows)
+            keep(figure, title, "" if held_out else "Nothing was held out: the run trained on all images.")
+        if any(row.get("temperature") is not None for row in rows):
+            figure, (upper, lower) = _axes("gap", panels=2)
+            for axes, key, color in ((upper, "gap", BLUE), (lower, "temperature", ORANGE)):
+                if _line(axes, [row for row in rows if (row.get(key) or 0) > 0], key, color):
+                    axes.set_yscale("log")
+            lower.set_ylabel("temperature T")
+            note = (
+                "Gap: mean distance between the soft weights that are trained and the hard ones that are kept; "
+                "it should end below 0.01. T is SLB's inverse temperature."
+            )
+            keep(figure, "SLB gap and temperature", note)
+        if any(row.get("flips_start") is not None for row in rows):
+            figure, (axes,) = _axes("weights (%)")
+            _line(axes, rows, "flips_start", BLUE, "since the start")
+            _line(axes, rows, "flips_epoch", ORANGE, "in this epoch")
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+            axes.set_ylim(bottom=0)
+            axes.legend()
+            keep(figure, "Flipped weights", "Share of the low-bit weights whose code changed.")
+    return plots
+
+
+# --------------------------------------------------------------------------------------------- the page
+
+
+def write_report(
+    run_dir: str | os.PathLike[str], output: str | os.PathLike[str] | None = None
+) -> tuple[Path, list[Missing]]:
+    """Write a run as one HTML page.
+
+    Args:
+        run_dir: a run directory, finished or not.
+        output: the page; by default ``report.html`` in the run directory.
+
+    Returns:
+        The page's path, and what the run lacks with the command that makes it.
+
+    Raises:
+        RunError: not a run directory. FileError: a damaged model.lowbit, or the page can't be written.
+    """
+    found = _Run.read(run_dir)
+    path = Path(output) if output is not None else found.place / "report.html"
+    page = _render(found)
+    try:
+        write_atomic(path, page.encode())
+    except OSError as error:
+        raise FileError(f"{path}: can't be written: {error.strerror or error}") from None
+    return path, found.missing
+
+
+def _render(found: _Run) -> str:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
+    run = found.run
+    confusion = found.confusion
+    description = re.search(r"^description: *(.*(?:\n +.*)*)$", found.recipe, flags=re.MULTILINE)
+    return template.render(
+        run=run,
+        description=" ".join(description[1].strip("'\"").split()) if description else "",
+        headline=_headline(found),
+        facts=_facts(found),
+        missing=found.missing,
+        plots=_plots(found),
+        confusion=None if confusion is None else _confusion_rows(*confusion, run["input"]["classes"]),
+        contents=found.contents,
+        float_bytes=found.proof["float_bytes"] if found.proof else None,
+        bench=found.bench,
+        recipe=found.recipe,
+    )
+
+
+def _headline(found: _Run) -> list[tuple[str, str, str]]:
+    """A few large numbers: (number, what it is, a second line)."""
+    cards = []
+    proof, results = found.proof, found.run["results"] or {}
+    if proof and proof["accuracy_engine"] is not None:
+        second = f"{proof['accuracy_training']:.2%} in the training graph"
+        cards.append((f"{proof['accuracy_engine']:.2%}", "accuracy on the engine", second))
+    elif results.get("validation"):
+        measured = results["validation"]
+        cards.append((f"{measured[found.run['metric']]:.2%}", "accuracy, training graph", "on the held-out images"))
+    if proof:
+        compared = f"of {proof['integers'] / 1e6:,.0f} million, interpreter and engine"
+        cards.append((f"{proof['integers_differ']:,}", "integers that differ", compared))
+    if found.contents is not None and proof:
+        size = found.contents.file_bytes
+        cards.append((f"{size / 1000:,.1f} kB", "file", f"{proof['float_bytes'] / size:.1f}x smaller than float32"))
+    if found.bench is not None:
+        whole, batch = found.bench["whole"], found.bench["batch"]
+        faster = f"{whole['ratio']:.1f}x faster than ONNX Runtime float32"
+        cards.append((f"{1e3 * whole['ours']['median'] / batch:.3f} ms", "for an image", faster))
+    return cards
+
+
+def _confusion_rows(table: list[list[int]], what: str, classes: list[str]) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for name, counts in zip(classes, table, strict=True):
+        total = max(sum(counts), 1)
+        cells = [(count, round(count / total, 3)) for count in counts]
+        rows.append({"name": name, "cells": cells, "recall": counts[len(rows)] / total})
+    return {"what": what, "classes": classes, "rows": rows}
