@@ -7,7 +7,11 @@ import pytest
 
 from lowbit.bits import Codes, pack, packed_size, unpack
 
-KINDS = [("bipolar", b) for b in range(1, 9)] + [("signed", b) for b in range(2, 9)] + [("unsigned", b) for b in range(1, 9)]
+KINDS = (
+    [("bipolar", b) for b in range(1, 9)]
+    + [("signed", b) for b in range(2, 9)]
+    + [("unsigned", b) for b in range(1, 9)]
+)
 
 
 def test_one_bit_is_minus_one_and_plus_one() -> None:

@@ -26,7 +26,12 @@ class Residuals(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(8)
         self.stream = Residual()
-        self.conv1, self.bn1, self.act1, self.add1 = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.PReLU(8), Residual()
+        self.conv1, self.bn1, self.act1, self.add1 = (
+            nn.Conv2d(8, 8, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.PReLU(8),
+            Residual(),
+        )
         self.conv2, self.bn2, self.add2 = nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), Residual()
         self.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16))
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -51,7 +56,12 @@ class Plain(nn.Module):
             nn.Conv2d(8, 12, 3, padding=1, groups=4), nn.MaxPool2d(2), nn.BatchNorm2d(12), nn.Hardtanh(),
             nn.Conv2d(12, 6, 3, padding=2, dilation=2), nn.LeakyReLU(0.2), nn.MaxPool2d(3, 2, 1),
         )  # fmt: skip
-        self.fc1, self.bn, self.drop, self.fc2 = nn.Linear(6 * 16, 20), nn.BatchNorm1d(20), nn.Dropout(0.5), nn.Linear(20, 4)
+        self.fc1, self.bn, self.drop, self.fc2 = (
+            nn.Linear(6 * 16, 20),
+            nn.BatchNorm1d(20),
+            nn.Dropout(0.5),
+            nn.Linear(20, 4),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.features(x)
@@ -177,7 +187,9 @@ def test_pools_are_pytorchs(pool: nn.Module, size: int) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.pool(self.a(x))
 
-    x = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(2)) - 3  # a padding of 0 would be the maximum
+    x = (
+        torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(2)) - 3
+    )  # a padding of 0 would be the maximum
     qmodel, graph = frozen(Net(), x, edges="none")
     np.testing.assert_allclose(graph.run(to_numpy(x)), to_numpy(qmodel(x)), rtol=1e-6, atol=1e-6)
 
@@ -292,7 +304,11 @@ def test_ops_without_a_place_are_refused_by_layer(f, message: str) -> None:
             self.a, self.odd, self.b = nn.Conv2d(3, 4, 3, padding=1), Inner(f), nn.Conv2d(4, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.odd(self.a(x)) if f(torch.ones(1, 4, 16, 16)).dtype == torch.float16 else self.b(self.odd(self.a(x)))
+            return (
+                self.odd(self.a(x))
+                if f(torch.ones(1, 4, 16, 16)).dtype == torch.float16
+                else self.b(self.odd(self.a(x)))
+            )
 
     class Tail(Net):
         def forward(self, x: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ def constant(*values: float) -> Tensor:
 GEOMETRY = {"stride": (1, 1), "padding": (1, 1, 1, 1), "dilation": (1, 1), "groups": 1}
 
 
-def chain(*nodes: Node, tensors: dict[str, Tensor] | None = None, shape: tuple[int, ...] = (6, 6, 4), **attrs: Any) -> Graph:
+def chain(
+    *nodes: Node, tensors: dict[str, Tensor] | None = None, shape: tuple[int, ...] = (6, 6, 4), **attrs: Any
+) -> Graph:
     """input -> nodes -> output, each reading the one before unless it says otherwise."""
     first = Node("input", "in", (), attrs={"shape": shape, "dtype": "float32", **attrs})
     body, last = [], "in"
@@ -126,7 +128,9 @@ def test_zero_points_go_to_products_only() -> None:
     pool = Node("max_pool", "p", attrs={"kernel": (2, 2), "stride": (2, 2), "padding": (0, 0, 0, 0)})
     with pytest.raises(GraphError, match="p .max_pool.: pixels with a zero point"):
         chain(pool, **pixels).validate()
-    types = chain(Node("flatten", "f"), Node("linear", "l", params={"weight": "w"}), tensors={"w": weight(2, 144)}, **pixels).validate()
+    types = chain(
+        Node("flatten", "f"), Node("linear", "l", params={"weight": "w"}), tensors={"w": weight(2, 144)}, **pixels
+    ).validate()
     assert types["f"].codes.zero_point == (1, 2, 3, 4) * 36
     assert (types["f"].codes.low, types["f"].codes.high) == (-4, 254)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_graph import chain, constant, conv, sign
 
 from lowbit import Codes, Node, Tensor
+from test_graph import chain, constant, conv, sign
 
 
 def run(*nodes: Node, x: np.ndarray, tensors: dict | None = None, **attrs):
@@ -50,7 +50,9 @@ def test_integer_convolution_is_pytorchs(kernel, stride, dilation, groups) -> No
     node = conv(stride=stride, dilation=dilation, groups=groups, padding=(*pad, *pad))
     acc = run(node, x=x, tensors={"w": Tensor(w, codes)}, dtype="uint8", zero_point=zero)
     centred = torch.from_numpy(x.astype(np.float64) - np.array(zero)).permute(0, 3, 1, 2)
-    expected = F.conv2d(centred, torch.from_numpy(w.astype(np.float64)).permute(0, 3, 1, 2), None, stride, pad, dilation, groups)
+    expected = F.conv2d(
+        centred, torch.from_numpy(w.astype(np.float64)).permute(0, 3, 1, 2), None, stride, pad, dilation, groups
+    )
     assert acc.dtype == np.int32
     assert np.array_equal(acc, expected.permute(0, 2, 3, 1).numpy())
 
@@ -62,7 +64,10 @@ def test_float_convolution_has_one_order() -> None:
     assert run(conv(padding=(0, 0, 0, 0)), x=x, tensors={"w": w}).item() == 0
     assert run(conv(padding=(0, 0, 0, 0)), x=row(1e8, -1e8, 1), tensors={"w": w}).item() == 1
     channels = x.reshape(1, 1, 1, 3)
-    assert run(conv(padding=(0, 0, 0, 0)), x=channels, tensors={"w": Tensor(np.ones((1, 1, 1, 3), np.float32))}).item() == 0
+    assert (
+        run(conv(padding=(0, 0, 0, 0)), x=channels, tensors={"w": Tensor(np.ones((1, 1, 1, 3), np.float32))}).item()
+        == 0
+    )
 
 
 def test_products_are_rounded_before_they_are_added() -> None:
@@ -78,7 +83,12 @@ def test_elementwise_steps() -> None:
     x = row(-2, -0.0, 0, 3)
     assert run(Node("relu", "r"), x=x).ravel().tolist() == [0, 0, 0, 3]
     assert np.signbit(run(Node("relu", "r"), x=x)).sum() == 0
-    assert run(Node("prelu", "p", params={"slope": "s"}), x=x, tensors={"s": constant(-0.5)}).ravel().tolist() == [1, 0, 0, 3]
+    assert run(Node("prelu", "p", params={"slope": "s"}), x=x, tensors={"s": constant(-0.5)}).ravel().tolist() == [
+        1,
+        0,
+        0,
+        3,
+    ]
     assert run(Node("clip", "c", attrs={"low": -1.0, "high": 2.0}), x=x).ravel().tolist() == [-1, 0, 0, 2]
     assert run(Node("add", "a", ("in", "in")), x=x).ravel().tolist() == [-4, 0, 0, 6]
     third = run(Node("mul", "m", params={"factor": "f"}), x=x, tensors={"f": constant(1 / 3)})
@@ -101,7 +111,9 @@ def test_pools_are_pytorchs(include: bool) -> None:
     largest = run(Node("max_pool", "p", attrs=attrs), x=x)
     assert np.array_equal(largest, F.max_pool2d(nchw, (3, 2), 2, 1).permute(0, 2, 3, 1))
     mean = run(Node("avg_pool", "p", attrs={**attrs, "count_include_pad": include}), x=x)
-    np.testing.assert_allclose(mean, F.avg_pool2d(nchw, (3, 2), 2, 1, count_include_pad=include).permute(0, 2, 3, 1), rtol=1e-6)
+    np.testing.assert_allclose(
+        mean, F.avg_pool2d(nchw, (3, 2), 2, 1, count_include_pad=include).permute(0, 2, 3, 1), rtol=1e-6
+    )
     mean = run(Node("global_avg_pool", "p"), x=x)
     assert mean.shape == (2, 1, 1, 3)
     np.testing.assert_allclose(mean[:, 0, 0], nchw.mean((2, 3)), rtol=1e-6, atol=1e-6)
@@ -134,7 +146,9 @@ def test_wrong_inputs_are_refused(x, message: str) -> None:
 def test_trace_and_replace() -> None:
     from lowbit import interpreter
 
-    graph = chain(Node("relu", "r"), Node("mul", "m", params={"factor": "f"}), tensors={"f": constant(2)}, shape=(1, 2, 1))
+    graph = chain(
+        Node("relu", "r"), Node("mul", "m", params={"factor": "f"}), tensors={"f": constant(2)}, shape=(1, 2, 1)
+    )
     x = row(-1, 3)
     out, values = graph.run(x, trace=True)
     assert list(values) == ["in", "r", "m", "out"]

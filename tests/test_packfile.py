@@ -41,7 +41,13 @@ def sample() -> Graph:
         nodes.append(Node(op, name, inputs or ((nodes[-1].name,) if nodes else ()), params, attrs))
 
     add("input", "image", shape=(8, 8, 2), dtype="uint8", zero_point=(10, 200))
-    add("conv2d", "stem", constant=pattern(8, 3, 3, 2, codes=Codes("signed", 8)), **{**unit, "stride": (2, 2)}, padding=pad)
+    add(
+        "conv2d",
+        "stem",
+        constant=pattern(8, 3, 3, 2, codes=Codes("signed", 8)),
+        **{**unit, "stride": (2, 2)},
+        padding=pad,
+    )
     add("mul", "stem.mul", constant=pattern(8, scale=1e-3))
     add("add", "stem.add", constant=pattern(8))
     add("cast", "stream", dtype="float16")
@@ -53,7 +59,13 @@ def sample() -> Graph:
     add("clip", "clip", low=-3.0, high=3.0)
     add("quantize", "q2", kind="unsigned", bits=2, reciprocal=1.5)
     add("max_pool", "pool", kernel=(2, 2), stride=(1, 1), padding=(0, 0, 1, 1))
-    add("conv2d", "c2", constant=pattern(4, 1, 1, 4, codes=Codes("table", 2, table=(-127, -14, 28, 71))), **{**unit, "groups": 2}, padding=(0,) * 4)
+    add(
+        "conv2d",
+        "c2",
+        constant=pattern(4, 1, 1, 4, codes=Codes("table", 2, table=(-127, -14, 28, 71))),
+        **{**unit, "groups": 2},
+        padding=(0,) * 4,
+    )
     add("mul", "c2.mul", constant=pattern(4, scale=0.01))
     add("concat", "both", "c2.mul", "c2.mul")
     add("relu", "relu")
@@ -66,7 +78,11 @@ def sample() -> Graph:
     add("linear", "fc", constant=pattern(5, 6, codes=Codes("bipolar", 4)))
     add("mul", "fc.mul", constant=pattern(5, scale=0.01))
     add("output", "out")
-    return Graph(tuple(nodes), tensors, {"task": "classify", "classes": ["ä", "b", "c", "d", "e"], "nested": {"k": [1, 2.5, None]}})
+    return Graph(
+        tuple(nodes),
+        tensors,
+        {"task": "classify", "classes": ["ä", "b", "c", "d", "e"], "nested": {"k": [1, 2.5, None]}},
+    )
 
 
 def images() -> np.ndarray:

@@ -34,7 +34,9 @@ class Block(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(i, o, 3, stride, 1, bias=False)
         self.bn = nn.BatchNorm2d(o)
-        self.downsample = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(i, o, 1), nn.BatchNorm2d(o)) if stride > 1 else nn.Identity()
+        self.downsample = (
+            nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(i, o, 1), nn.BatchNorm2d(o)) if stride > 1 else nn.Identity()
+        )
         self.add = Residual()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,7 +107,10 @@ def test_float_method_leaves_float_layers() -> None:
 def test_skip_and_overrides() -> None:
     model = net(
         skip=["blocks.0.*"],
-        overrides={"blocks.1.conv": {"weight_bits": 2, "activation_bits": 4, "activation": "pact"}, "fc": {"method": "sign", "weight_bits": 1}},
+        overrides={
+            "blocks.1.conv": {"weight_bits": 2, "activation_bits": 4, "activation": "pact"},
+            "fc": {"method": "sign", "weight_bits": 1},
+        },
     )
     found = kinds(model)
     assert found["blocks.0.conv"] == "float"
@@ -198,7 +203,9 @@ GEOMETRY = [
 @pytest.mark.parametrize("geometry", GEOMETRY)
 @pytest.mark.parametrize(("method", "bits"), [(m, b) for m in WEIGHTS for b in WEIGHTS.get(m).allowed_bits if b < 32])
 @pytest.mark.parametrize("activation_bits", [1, 4, 32])
-def test_hard_convolution_is_the_float_one_of_decoded_numbers(geometry: dict, method: str, bits: int, activation_bits: int) -> None:
+def test_hard_convolution_is_the_float_one_of_decoded_numbers(
+    geometry: dict, method: str, bits: int, activation_bits: int
+) -> None:
     torch.manual_seed(0)
     layer = prepare(nn.Conv2d(6, 9, bias=True, **geometry), method, bits, activation_bits, edges="none").eval()
     x = torch.randn(2, 6, 9, 11)

@@ -36,10 +36,10 @@ def test_fake_weights_are_decoded_codes(name: str, bits: int, shape: tuple[int, 
     encoded = quantizer.encode(latent)
     assert torch.equal(quantizer.fake(latent), encoded.decode())
     assert encoded.codes.shape == torch.Size(shape)
-    if quantizer.type is not None:
+    if quantizer.code_type is not None:
         codes = encoded.codes.to(torch.int16)
         assert torch.equal(codes.float(), encoded.codes)
-        quantizer.type.index(codes.numpy())  # raises for an integer outside the type
+        quantizer.code_type.index(codes.numpy())  # raises for an integer outside the type
         assert encoded.scale.dtype == torch.float32
         assert encoded.scale.shape in ((), (shape[0],))
 
@@ -65,8 +65,8 @@ def test_fake_activations_are_decoded_codes(name: str, bits: int, size: int) -> 
     codes = quantizer.encode(x)
     assert torch.equal(quantizer.fake(x), codes * quantizer.scale)
     assert torch.equal(codes, codes.round())
-    quantizer.type.index(codes.to(torch.int16).numpy())
-    assert (quantizer.reciprocal is None) == (quantizer.type.kind == "bipolar")
+    quantizer.code_type.index(codes.to(torch.int16).numpy())
+    assert (quantizer.reciprocal is None) == (quantizer.code_type.kind == "bipolar")
 
 
 @pytest.mark.parametrize(("name", "bits"), ACTIVATION_CASES)
@@ -87,7 +87,7 @@ def test_pixels_are_exact() -> None:
     assert codes[0, 0].flatten().tolist() == [p - 73 for p in range(256)]
     assert codes[0, 2].min() == -255
     assert torch.equal(quantizer.fake(x), codes * quantizer.scale)
-    assert (quantizer.type.low, quantizer.type.high) == (-255, 255)
+    assert (quantizer.code_type.low, quantizer.code_type.high) == (-255, 255)
     with pytest.raises(ValueError, match="zero points for 3"):
         quantizer.encode(x[:, :1])
 
@@ -162,7 +162,7 @@ def test_slb_starts_at_the_float_weight(bits: int) -> None:
     q = SLB(bits)
     encoded = q.encode(q.latent(w))
     scaled = (w / (2 * w.std(correction=0))).clamp(-1, 1)
-    nearest = torch.from_numpy(q.type.values.copy()).float() / (2**bits - 1)
+    nearest = torch.from_numpy(q.code_type.values.copy()).float() / (2**bits - 1)
     distance = (scaled.unsqueeze(-1) - nearest).abs()
     chosen = (scaled - encoded.decode()).abs()
     assert torch.all(chosen <= distance.amin(-1) + 1e-6)
@@ -188,15 +188,15 @@ def test_slb_learned_values_are_a_table() -> None:
     with torch.no_grad():
         q.values.copy_(torch.tensor([-0.9, -0.1, 0.2, 0.5]))
     encoded = q.encode(latent)
-    assert q.type.kind == "table"
-    assert q.type.table == (-127, -14, 28, 71)
-    q.type.index(encoded.codes.to(torch.int16).numpy())
+    assert q.code_type.kind == "table"
+    assert q.code_type.table == (-127, -14, 28, 71)
+    q.code_type.index(encoded.codes.to(torch.int16).numpy())
     (q.fake(latent.requires_grad_())).sum().backward()
     assert q.values.grad.abs().sum() > 0
     with torch.no_grad():
         q.values.copy_(torch.tensor([-0.9, 0.1, 0.1001, 0.5]))
     with pytest.raises(ValueError, match="fell together"):
-        _ = q.type
+        _ = q.code_type
     with pytest.raises(ValueError, match="2 weight bits or more"):
         SLB(1, learn_values=True)
 
@@ -231,7 +231,9 @@ def test_gap_closes_with_the_temperature() -> None:
     assert gaps[-1] < 0.01 < gaps[0]
 
 
-@pytest.mark.parametrize("change", [{"kind": "cubic"}, {"every": "week"}, {"growth": 0.5}, {"start": 0.9, "end": 0.3}, {"total_steps": 0}])
+@pytest.mark.parametrize(
+    "change", [{"kind": "cubic"}, {"every": "week"}, {"growth": 0.5}, {"start": 0.9, "end": 0.3}, {"total_steps": 0}]
+)
 def test_impossible_schedules_are_refused(change: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         Schedule(nn.Linear(1, 1), **{"total_steps": 10, **change})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -45,7 +46,7 @@ class Codes:
             raise ValueError(f"{self.kind} codes have {low} to {high} bits, not {self.bits!r}")
         if self.kind == "table":
             t = self.table
-            if len(t) != 2**self.bits or any(a >= b for a, b in zip(t, t[1:], strict=False)):
+            if len(t) != 2**self.bits or any(a >= b for a, b in pairwise(t)):
                 raise ValueError(f"a table of {self.bits}-bit codes needs {2**self.bits} ascending integers, got {t}")
             if t[0] < -127 or t[-1] > 127:
                 raise ValueError(f"a table holds integers in -127..127, got {t}")

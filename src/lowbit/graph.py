@@ -260,7 +260,9 @@ def _window(c: _Context, x: ValueType, kernel: tuple[int, int], dilation: tuple[
         (w + left + right - extent[1]) // stride[1] + 1,
     )
     if h + top + bottom < extent[0] or w + left + right < extent[1]:
-        raise c.fail(f"the kernel's extent {extent} is larger than the padded input {(h + top + bottom, w + left + right)}")
+        raise c.fail(
+            f"the kernel's extent {extent} is larger than the padded input {(h + top + bottom, w + left + right)}"
+        )
     return out
 
 

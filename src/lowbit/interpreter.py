@@ -88,7 +88,10 @@ def _taps(
     for kh in range(kernel[0]):
         for kw in range(kernel[1]):
             y0, x0 = kh * dilation[0], kw * dilation[1]
-            at = (slice(y0, y0 + (rows - 1) * stride[0] + 1, stride[0]), slice(x0, x0 + (cols - 1) * stride[1] + 1, stride[1]))
+            at = (
+                slice(y0, y0 + (rows - 1) * stride[0] + 1, stride[0]),
+                slice(x0, x0 + (cols - 1) * stride[1] + 1, stride[1]),
+            )
             yield kh, kw, padded[:, at[0], at[1]], inside[at]
 
 
@@ -218,23 +221,25 @@ def _output(node: Node, inputs: list[Array], params: Mapping[str, Tensor], types
     return inputs[0]
 
 
-RULES: Final[Mapping[str, Callable[[Node, list[Array], Mapping[str, Tensor], list[ValueType]], Array]]] = MappingProxyType(
-    {
-        "quantize": _quantize,
-        "conv2d": _conv2d,
-        "linear": _linear,
-        "mul": _mul,
-        "add": _add,
-        "prelu": _prelu,
-        "relu": _relu,
-        "clip": _clip,
-        "cast": _cast,
-        "max_pool": _max_pool,
-        "avg_pool": _avg_pool,
-        "global_avg_pool": _global_avg_pool,
-        "pixel_shuffle": _pixel_shuffle,
-        "concat": _concat,
-        "flatten": _flatten,
-        "output": _output,
-    }
+RULES: Final[Mapping[str, Callable[[Node, list[Array], Mapping[str, Tensor], list[ValueType]], Array]]] = (
+    MappingProxyType(
+        {
+            "quantize": _quantize,
+            "conv2d": _conv2d,
+            "linear": _linear,
+            "mul": _mul,
+            "add": _add,
+            "prelu": _prelu,
+            "relu": _relu,
+            "clip": _clip,
+            "cast": _cast,
+            "max_pool": _max_pool,
+            "avg_pool": _avg_pool,
+            "global_avg_pool": _global_avg_pool,
+            "pixel_shuffle": _pixel_shuffle,
+            "concat": _concat,
+            "flatten": _flatten,
+            "output": _output,
+        }
+    )
 )

@@ -76,7 +76,7 @@ def read(path: str | os.PathLike[str]) -> Graph:
     try:
         with safetensors.safe_open(name, framework="numpy") as f:
             metadata = f.metadata() or {}
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118: not a dict
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
     except OSError as e:
         raise FileError(f"{name}: can't be read: {e.strerror or e}") from None
     except Exception as e:  # safetensors raises its own and plain exceptions for a damaged container
@@ -94,7 +94,9 @@ def _decode(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> Graph:
         raise FileError("not a lowbit file: the metadata has no key 'lowbit', or others beside it")
     header = json.loads(metadata[KEY])
     if header["format"] != FORMAT:
-        raise FileError(f"has format {header['format']!r}; this version of lowbit reads format {FORMAT}: upgrade lowbit")
+        raise FileError(
+            f"has format {header['format']!r}; this version of lowbit reads format {FORMAT}: upgrade lowbit"
+        )
     if set(header) != {"format", "graph", "sha256"} or set(header["graph"]) != {"nodes", "tensors", "meta"}:
         raise FileError("its description has unknown or missing keys")
     description = header["graph"]

@@ -44,9 +44,7 @@ class StateBatchNorm2d(nn.BatchNorm2d):
         if not self.hard:
             return super().forward(x)
         momentum = 0.1 if self.momentum is None else self.momentum
-        return F.batch_norm(
-            x, self.hard_mean, self.hard_var, self.weight, self.bias, self.training, momentum, self.eps
-        )
+        return F.batch_norm(x, self.hard_mean, self.hard_var, self.weight, self.bias, self.training, momentum, self.eps)
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:
@@ -67,7 +65,7 @@ def _hard_batch_statistics(model: nn.Module) -> Iterator[None]:
         for module, training, hard in modes:
             module.training = training
             if hard is not None:
-                module.hard = hard  # type: ignore[assignment]
+                module.hard = hard
 
 
 @torch.no_grad()

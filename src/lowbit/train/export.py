@@ -96,9 +96,7 @@ def export_run(
         labelled = (data.test_x, data.test_y) if data.has_test else (data.val_x, data.val_y)
         proof = prove(model, graph, engine, probe, labelled, on_progress)
     float_bytes = 4 * sum(p.numel() for p in _float_twin(recipe, spec).parameters())
-    write_json(
-        run_dir / "proof.json", {**proof.as_dict(), "file_bytes": len(content), "float_bytes": float_bytes}
-    )
+    write_json(run_dir / "proof.json", {**proof.as_dict(), "file_bytes": len(content), "float_bytes": float_bytes})
     failures = proof.failures()
     if failures:
         raise ExportError(f"{run_dir}: the exported network is not the one that was trained: {'; '.join(failures)}")

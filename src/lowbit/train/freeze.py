@@ -15,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.fx import Node as FxNode
+from torch import Tensor, fx, nn
 
 from lowbit import graph as lg
 from lowbit.bits import Codes
 from lowbit.train.layers import QuantLayer
 from lowbit.train.quantizers import ActivationQuantizer
+
+FxNode = Any
+"""A torch.fx.Node; the types of its arguments are as wide as can be, and say nothing here."""
 
 
 class FreezeError(ValueError):
@@ -118,13 +120,17 @@ class _Freezer:
             elif node.op == "output":
                 outputs = node.args[0]
                 if len(outputs) != 1:
-                    raise FreezeError(f"the network returns {len(outputs)} tensors; a Graph has one output: wrap it to return one")
+                    raise FreezeError(
+                        f"the network returns {len(outputs)} tensors; a Graph has one output: wrap it to return one"
+                    )
                 result = self.env[outputs[0]]
         if not isinstance(result, _Value):
             raise FreezeError("the network's output does not depend on its input")
         out = self._flush(result)
         if out.order is not None:
-            raise FreezeError("the network's output is a flattened image; put a linear layer behind it or return the image")
+            raise FreezeError(
+                "the network's output is a flattened image; put a linear layer behind it or return the image"
+            )
         self._emit("output", "output", (out.name,))
         return self._pruned()
 
@@ -168,17 +174,20 @@ class _Freezer:
         if not pixels:
             self._emit("input", "input", (), attrs={"shape": shape, "dtype": "float32"})
             return _Value("input")
-        if len(pixels) < len(node.users):
-            other = next(u for u in node.users if u not in pixels and u.target is not torch.ops.aten._assert_tensor_metadata.default)
-            if other is not None:
+        note = torch.ops.aten._assert_tensor_metadata.default
+        for other in node.users:
+            if other not in pixels and other.target is not note:
                 raise FreezeError(
-                    f"{_path(other) or other.name}: uses the raw pixels beside {_path(pixels[0])}; with image=Pixels(...) only the first layer may"
+                    f"{_path(other) or other.name}: uses the raw pixels beside {_path(pixels[0])}; "
+                    "with image=Pixels(...) only the first layer may"
                 )
         module = self._layer(pixels[0])
         assert module.input_quantizer is not None
-        zero_point = module.input_quantizer.type.zero_point or (0,) * shape[-1]
+        zero_point = module.input_quantizer.code_type.zero_point or (0,) * shape[-1]
         if len(zero_point) != shape[-1]:
-            raise FreezeError(f"{_path(pixels[0])}: {len(zero_point)} zero points do not fit inputs of {shape[-1]} channels")
+            raise FreezeError(
+                f"{_path(pixels[0])}: {len(zero_point)} zero points do not fit inputs of {shape[-1]} channels"
+            )
         self._emit("input", "input", (), attrs={"shape": shape, "dtype": "uint8", "zero_point": tuple(zero_point)})
         return _Value("input", codes=True)
 
@@ -188,7 +197,7 @@ class _Freezer:
             return None
         arguments = [*node.args, *node.kwargs.values()]
         flat = [a for arg in arguments for a in (arg if isinstance(arg, list | tuple) else [arg])]
-        if not any(isinstance(self.env.get(a), _Value | tuple) for a in flat if isinstance(a, FxNode)):
+        if not any(isinstance(self.env.get(a), _Value | tuple) for a in flat if isinstance(a, fx.Node)):
             return self._constant(node)
         handler = _HANDLERS.get(target)
         if handler is None:
@@ -197,7 +206,7 @@ class _Freezer:
 
     def _constant(self, node: FxNode) -> Any:
         def value(arg: Any) -> Any:
-            return torch.fx.node.map_arg(arg, lambda n: self.env[n])
+            return fx.node.map_arg(arg, lambda n: self.env[n])
 
         assert callable(node.target)
         with torch.no_grad():
@@ -205,8 +214,13 @@ class _Freezer:
 
     def _refuse(self, node: FxNode, why: str) -> FreezeError:
         where = _path(node) or "the model's own forward"
-        supported = "conv2d, linear, batch_norm, relu, prelu, clamp, add, mul by a constant, max_pool2d, avg_pool2d, mean over H and W, flatten, cat, pixel_shuffle, dropout"
-        return FreezeError(f"{where} ({node.name}): {why}. A Graph has: {supported}. Replace the op, or move it behind the network's output.")
+        supported = (
+            "conv2d, linear, batch_norm, relu, prelu, clamp, add, mul by a constant, max_pool2d, avg_pool2d, "
+            "mean over H and W, flatten, cat, pixel_shuffle, dropout"
+        )
+        return FreezeError(
+            f"{where} ({node.name}): {why}. A Graph has: {supported}. Replace the op, or move it behind the network's output."
+        )
 
     # --- building ---
 
@@ -281,7 +295,15 @@ class _Freezer:
             term = v.term * factor + (0.0 if term is None else term)
         return _Value(v.name, v.integer, v.codes, total, term, label, v.order)
 
-    def step(self, node: FxNode, op: str, v: _Value, suffix: str = "", params: Mapping[str, lg.Tensor] | None = None, **attrs: Any) -> _Value:
+    def step(
+        self,
+        node: FxNode,
+        op: str,
+        v: _Value,
+        suffix: str = "",
+        params: Mapping[str, lg.Tensor] | None = None,
+        **attrs: Any,
+    ) -> _Value:
         name = self._emit(op, _label(node) + suffix, (v.name,), params, attrs)
         keeps = op in ("quantize", "max_pool", "pixel_shuffle")
         return _Value(name, codes=v.codes if keeps else False, order=v.order)
@@ -310,9 +332,7 @@ class _Freezer:
 
 def _path(node: FxNode) -> str:
     stack = node.meta.get("nn_module_stack") or {}
-    path = ""
-    for path, _kind in stack.values():
-        pass
+    path: str = next(reversed(stack.values()), ("",))[0]
     path = path.removeprefix("L['self'].")
     return path.split("@")[0]
 
@@ -322,7 +342,11 @@ def _label(node: FxNode) -> str:
 
 
 def _op_name(target: Any) -> str:
-    return str(target).removeprefix("aten.").split(".")[0] if not callable(target) or hasattr(target, "_schema") else str(target)
+    return (
+        str(target).removeprefix("aten.").split(".")[0]
+        if not callable(target) or hasattr(target, "_schema")
+        else str(target)
+    )
 
 
 def _shape(node: Any) -> tuple[int, ...]:
@@ -350,7 +374,7 @@ def _weight(codes: Tensor, kind: Codes | None) -> lg.Tensor:
 
 def _weight_type(layer: QuantLayer, node: FxNode) -> Codes | None:
     try:
-        return layer.weight_quantizer.type
+        return layer.weight_quantizer.code_type
     except ValueError as e:
         raise FreezeError(f"{_label(node)}: {e}") from None
 
@@ -381,9 +405,11 @@ def _quantize(f: _Freezer, node: FxNode) -> _Value:
     quantizer = layer.input_quantizer
     assert isinstance(quantizer, ActivationQuantizer)
     if quantizer.zero_point is not None:
-        raise f._refuse(node, "it reads pixels but is not the network's first layer; check the order in which layers are defined")
+        raise f._refuse(
+            node, "it reads pixels but is not the network's first layer; check the order in which layers are defined"
+        )
     v = f._flush(source)
-    attrs: dict[str, Any] = {"kind": quantizer.type.kind, "bits": quantizer.type.bits}
+    attrs: dict[str, Any] = {"kind": quantizer.code_type.kind, "bits": quantizer.code_type.bits}
     if quantizer.reciprocal is not None:
         attrs["reciprocal"] = float(np.float32(quantizer.reciprocal.item()))
     key = (v.name, *sorted(attrs.items()))
@@ -505,7 +531,9 @@ def _same(f: _Freezer, node: FxNode) -> Any:
 def _to(f: _Freezer, node: FxNode) -> Any:
     source = node.args[0]
     if node.meta["val"].dtype != torch.float32:
-        raise f._refuse(node, f"converts to {node.meta['val'].dtype}; use Residual and residual_dtype='float16' for a 16-bit stream")
+        raise f._refuse(
+            node, f"converts to {node.meta['val'].dtype}; use Residual and residual_dtype='float16' for a 16-bit stream"
+        )
     return f.env[source]
 
 
@@ -536,8 +564,10 @@ def _leaky_relu(f: _Freezer, node: FxNode) -> _Value:
 
 @_handles(aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default, aten.relu6.default)
 def _clip(f: _Freezer, node: FxNode) -> _Value:
+    defaults: tuple[float | None, float | None]
     defaults = {"hardtanh": (-1.0, 1.0), "relu6": (0.0, 6.0)}.get(_op_name(node.target).rstrip("_"), (None, None))
-    low, high = (*node.args[1:3], *defaults[len(node.args[1:3]) :])
+    given = list(node.args[1:3])
+    low, high = given + list(defaults)[len(given) :]
     largest = float(np.finfo(np.float32).max)
     low = -largest if low is None else float(np.float32(low))
     high = largest if high is None else float(np.float32(high))
@@ -554,12 +584,14 @@ def _add(f: _Freezer, node: FxNode) -> _Value:
         if minus:
             raise f._refuse(node, "subtracts a value from a constant")
         a, b = b, a
-    if isinstance(b, FxNode) and isinstance(f.env[b], _Value):
+    if isinstance(b, fx.Node) and isinstance(f.env[b], _Value):
         if minus:
             raise f._refuse(node, "subtracts one value from another")
         left, right = f.value(a, node), f.value(b, node)
         if _shape(node.args[0]) != _shape(node.args[1]):
-            raise f._refuse(node, f"adds values of the shapes {_shape(node.args[0])[1:]} and {_shape(node.args[1])[1:]}")
+            raise f._refuse(
+                node, f"adds values of the shapes {_shape(node.args[0])[1:]} and {_shape(node.args[1])[1:]}"
+            )
         name = f._emit("add", f"{_label(node)}.add", (left.name, right.name))
         return _Value(name, order=left.order)
     v = f.value(a, node)
@@ -572,7 +604,7 @@ def _mul(f: _Freezer, node: FxNode) -> _Value:
     a, b = node.args
     if not isinstance(f.env.get(a), _Value):
         a, b = b, a
-    if isinstance(b, FxNode) and isinstance(f.env[b], _Value):
+    if isinstance(b, fx.Node) and isinstance(f.env[b], _Value):
         raise f._refuse(node, "multiplies two values")
     v = f.value(a, node)
     return f.step(node, "mul", v, params={"factor": f._per_channel(f.channel_constant(b, node, v), _label(node))})

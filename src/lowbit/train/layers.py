@@ -55,7 +55,7 @@ class PixelInput(ActivationQuantizer):
         self.register_buffer("_scale", torch.tensor(pixels.scale, dtype=torch.float32), persistent=False)
 
     @property
-    def type(self) -> Codes:
+    def code_type(self) -> Codes:
         z = self.pixels.zero_point
         return Codes("unsigned", 8, zero_point=z if any(z) else ())
 
@@ -68,7 +68,9 @@ class PixelInput(ActivationQuantizer):
 
     def encode(self, x: Tensor) -> Tensor:
         if x.shape[1] != len(self.pixels.zero_point):
-            raise ValueError(f"images have {x.shape[1]} channels, but there are zero points for {len(self.pixels.zero_point)}")
+            raise ValueError(
+                f"images have {x.shape[1]} channels, but there are zero points for {len(self.pixels.zero_point)}"
+            )
         return super().encode(x)
 
     def extra_repr(self) -> str:
@@ -97,7 +99,7 @@ class Residual(nn.Module):
             raise ValueError(f"Residual adds one or two tensors, got {len(inputs)}")
         out = inputs[0] if len(inputs) == 1 else inputs[0] + inputs[1]
         if self.hard and self.dtype == "float16":
-            return torch.ops.lowbit.round_float16(out.detach() if torch.compiler.is_dynamo_compiling() else out)  # type: ignore[no-any-return]
+            return torch.ops.lowbit.round_float16(out.detach() if torch.compiler.is_dynamo_compiling() else out)
         return out
 
     def extra_repr(self) -> str:
@@ -245,7 +247,7 @@ def _padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
 
 def _limit(quantizer: ActivationQuantizer | None) -> int:
     """The largest |code| of an input; 0 for float inputs."""
-    return 0 if quantizer is None else max(-quantizer.type.low, quantizer.type.high)
+    return 0 if quantizer is None else max(-quantizer.code_type.low, quantizer.code_type.high)
 
 
 def _conv2d(
@@ -331,7 +333,7 @@ def _(
     return _conv2d(x.float(), weight.float(), None, stride, padding, dilation, groups)
 
 
-def _no_gradient(ctx: Any, grad: Tensor) -> None:  # noqa: ARG001
+def _no_gradient(ctx: Any, grad: Tensor) -> None:
     raise RuntimeError("a hard layer has no gradient: call model.train() before training, or set_hard(model, False)")
 
 

@@ -126,9 +126,9 @@ def _plan(
     if edges != "none":
         edge = _Plan("int8", 8, "int8", 8) if edges == "int8" else _Plan()
         for name, layer in layers.items():
-            if isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) == (1, 1):
-                if any(fnmatch.fnmatch(name, pattern) for pattern in SHORTCUTS):
-                    plans[name] = edge
+            pointwise = isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) == (1, 1)
+            if pointwise and any(fnmatch.fnmatch(name, pattern) for pattern in SHORTCUTS):
+                plans[name] = edge
         plans[names[0]] = edge
         if len(names) > 1:
             plans[names[-1]] = _Plan()
@@ -156,7 +156,9 @@ def _plan(
 def _matching(pattern: str, names: Sequence[str], where: str) -> list[str]:
     found = fnmatch.filter(names, pattern)
     if not found:
-        raise ValueError(f"{where}: the pattern {pattern!r} matches no Conv2d or Linear layer: {nearest(pattern, list(names))}")
+        raise ValueError(
+            f"{where}: the pattern {pattern!r} matches no Conv2d or Linear layer: {nearest(pattern, list(names))}"
+        )
     return found
 
 
@@ -196,7 +198,9 @@ def _replacement(name: str, layer: nn.Module, plan: _Plan, image: Pixels | None)
     if image is not None:
         channels = layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
         if isinstance(layer, nn.Conv2d) and len(image.zero_point) != channels:
-            raise ValueError(f"{name}: image has {len(image.zero_point)} zero points, but the layer {channels} input channels")
+            raise ValueError(
+                f"{name}: image has {len(image.zero_point)} zero points, but the layer {channels} input channels"
+            )
         inputs = PixelInput(image)
     if inputs is None and weights.bits == 32:
         return layer

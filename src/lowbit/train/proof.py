@@ -164,7 +164,9 @@ def _compare_engine(proof: Proof, graph: Graph, engine: Engine, x: Array) -> Non
             continue
         ours, theirs = expected[node.name], actual[node.name]
         if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            raise RuntimeError(f"{node.name}: {ours.dtype}{ours.shape} in the interpreter, {theirs.dtype}{theirs.shape} in the engine")
+            raise RuntimeError(
+                f"{node.name}: {ours.dtype}{ours.shape} in the interpreter, {theirs.dtype}{theirs.shape} in the engine"
+            )
         differ = int((_bits(np.ascontiguousarray(ours)) != _bits(np.ascontiguousarray(theirs))).sum())
         proof.integers += ours.size
         proof.integers_differ += differ

@@ -95,7 +95,7 @@ class InputSpec:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(asdict(self)))
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -79,7 +79,7 @@ class Schedule:
         """Set T for `step`; return it."""
         t = self.temperature(step)
         for quantizer in self._quantizers:
-            quantizer.temperature.fill_(t)  # type: ignore[union-attr, operator]
+            quantizer.temperature.fill_(t)  # type: ignore[operator]
         return t
 
 

@@ -66,7 +66,7 @@ class RunResult:
     @property
     def results(self) -> dict[str, Any]:
         """``run.json``'s results."""
-        return self.run["results"]  # type: ignore[no-any-return]
+        return self.run["results"]
 
 
 # ------------------------------------------------------------------------------------------------ building
@@ -143,7 +143,7 @@ def _float_start(recipe: Recipe) -> dict[str, Tensor] | None:
     method = tree.get("recipe", {}).get("quantize", {}).get("method", "float")
     if method != "float":
         raise RecipeError(f"train.float_init: {place} holds a network of method {method!r}, a float one is needed")
-    return tree["state_dict"]  # type: ignore[no-any-return]
+    return tree["state_dict"]
 
 
 def _load_checkpoint(path: Path, what: str) -> dict[str, Any]:

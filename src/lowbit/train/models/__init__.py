@@ -37,7 +37,7 @@ def _factory(name: str) -> Callable[..., nn.Module]:
         raise ValueError(f"model {name!r} can't be imported: {error}") from None
     if not callable(found):
         raise ValueError(f"model {name!r} is not a class or function")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def model_arguments(name: str) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class BiRealResNet14(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stream(self.bn(self.stem(x)))
-        return self.head(self.flatten(self.pool(self.blocks(x))))  # type: ignore[no-any-return]
+        return self.head(self.flatten(self.pool(self.blocks(x))))
 
 
 @MODELS.register("bireal_resnet14")

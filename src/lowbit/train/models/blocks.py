@@ -40,7 +40,7 @@ class PReLU(nn.PReLU):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x.ndim > 1:
-            return _PReLUFunction.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
+            return _PReLUFunction.apply(x, self.weight)  # type: ignore[no-untyped-call]
         return super().forward(x)
 
 
@@ -88,8 +88,8 @@ class ConvUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.pool(self.conv(x))
         if self.order == "conv-bn-act":
-            return self.act(self.bn(y))  # type: ignore[no-any-return]
-        return self.bn(self.act(y))  # type: ignore[no-any-return]
+            return self.act(self.bn(y))
+        return self.bn(self.act(y))
 
 
 class Shortcut(nn.Module):
@@ -105,7 +105,7 @@ class Shortcut(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(self.pool(x)))  # type: ignore[no-any-return]
+        return self.bn(self.conv(self.pool(x)))
 
 
 class ResidualBlock(nn.Module):
@@ -151,4 +151,4 @@ class ResidualBlock(nn.Module):
         self.act = nonlinear(nonlinearity, out_channels) if behind_sum else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.add(self.body(x), self.shortcut(x)))  # type: ignore[no-any-return]
+        return self.act(self.add(self.body(x), self.shortcut(x)))

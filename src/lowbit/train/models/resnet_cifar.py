@@ -52,7 +52,7 @@ class ResNetCifar(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stream(self.stem(x))
-        return self.head(self.flatten(self.pool(self.blocks(x))))  # type: ignore[no-any-return]
+        return self.head(self.flatten(self.pool(self.blocks(x))))
 
 
 @MODELS.register("resnet20")

@@ -78,7 +78,7 @@ class WeightQuantizer(nn.Module):
         self.bits = bits
 
     @property
-    def type(self) -> Codes | None:
+    def code_type(self) -> Codes | None:
         """Kind and bits of the codes; None for float weights."""
         raise NotImplementedError
 
@@ -127,7 +127,7 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("zero_point", None, persistent=False)  # only pixels have one: a number per channel
 
     @property
-    def type(self) -> Codes:
+    def code_type(self) -> Codes:
         """Kind and bits of the codes."""
         raise NotImplementedError
 
@@ -150,7 +150,7 @@ class ActivationQuantizer(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """The integer codes of x, held in float32."""
-        codes = self.type
+        codes = self.code_type
         out: Tensor = torch.ops.lowbit.quantize(x, self.reciprocal, self.zero_point, codes.low, codes.high)
         return out
 

@@ -28,7 +28,7 @@ class DoReFaActivation(ActivationQuantizer):
     _reciprocal: Tensor
 
     @property
-    def type(self) -> Codes:
+    def code_type(self) -> Codes:
         return Codes("unsigned", self.bits)
 
     @property
@@ -40,4 +40,4 @@ class DoReFaActivation(ActivationQuantizer):
         return self._reciprocal
 
     def fake(self, x: Tensor) -> Tensor:
-        return uniform_ste(x, self._reciprocal, self._scale, self.type)
+        return uniform_ste(x, self._reciprocal, self._scale, self.code_type)

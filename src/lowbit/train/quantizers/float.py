@@ -15,7 +15,7 @@ class Float(WeightQuantizer):
     allowed_bits = (32,)
 
     @property
-    def type(self) -> None:
+    def code_type(self) -> None:
         return None
 
     def fake(self, latent: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Int8(WeightQuantizer):
     allowed_bits = (8,)
 
     @property
-    def type(self) -> Codes:
+    def code_type(self) -> Codes:
         return Codes("signed", 8)
 
     def _scale(self, latent: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class Int8Activation(ActivationQuantizer):
         self.register_buffer("range", torch.zeros(()))
 
     @property
-    def type(self) -> Codes:
+    def code_type(self) -> Codes:
         return Codes("signed", 8)
 
     @property
@@ -88,4 +88,4 @@ class Int8Activation(ActivationQuantizer):
             with torch.no_grad():
                 seen = torch.clamp(x.detach().abs().amax(), min=_TINY)
                 self.range.copy_(torch.where(self.range > 0, self.range.lerp(seen, self.momentum), seen))
-        return uniform_ste(x, self.reciprocal, self.scale, self.type)
+        return uniform_ste(x, self.reciprocal, self.scale, self.code_type)

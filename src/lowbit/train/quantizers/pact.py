@@ -46,7 +46,7 @@ class PACT(ActivationQuantizer):
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
 
     @property
-    def type(self) -> Codes:
+    def code_type(self) -> Codes:
         return Codes("unsigned", self.bits)
 
     @property

@@ -63,7 +63,7 @@ class SignSTE(WeightQuantizer):
     allowed_bits = (1,)
 
     @property
-    def type(self) -> Codes:
+    def code_type(self) -> Codes:
         return Codes("bipolar", 1)
 
     def fake(self, latent: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class SignActivation(ActivationQuantizer):
         self._function = functions[gradient]
 
     @property
-    def type(self) -> Codes:
+    def code_type(self) -> Codes:
         return Codes("bipolar", 1)
 
     @property

@@ -50,7 +50,9 @@ class SLB(WeightQuantizer):
         if not spread > 0:
             raise ValueError(f"spread must be positive, not {spread!r}")
         if learn_values and bits == 1:
-            raise ValueError("learn_values needs 2 weight bits or more: two values are a scale, which the layer's BN has")
+            raise ValueError(
+                "learn_values needs 2 weight bits or more: two values are a scale, which the layer's BN has"
+            )
         self.init = init
         self.spread = spread
         self.register_buffer("temperature", torch.ones(()))
@@ -85,7 +87,7 @@ class SLB(WeightQuantizer):
         return torch.tensordot(values, probabilities, dims=1)
 
     @property
-    def type(self) -> Codes:
+    def code_type(self) -> Codes:
         if self.values is None:
             return Codes("bipolar", self.bits)
         table = tuple(int(v) for v in self._table()[0])
