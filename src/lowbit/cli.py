@@ -56,6 +56,7 @@ IsaOption = Annotated[str | None, typer.Option(help="Force a row of kernels; see
 
 def run() -> None:
     """Run the command line; an expected error is one line on standard error and exit status 2."""
+    sys.path.append(str(Path.cwd()))  # where a recipe's model `package.module:function` is looked for
     try:
         app()
     except Exception as error:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import lowbit
 from lowbit.files import write_atomic
@@ -66,7 +67,7 @@ def export_run(
     Args:
         run_dir: the run.
         output: the file; `run_dir`/model.lowbit by default. `run_dir`/proof.json is written either way.
-        inputs: validation images to compare interpreter, engine and training graph on, at least 500.
+        inputs: images to compare interpreter, engine and training graph on, at least 500; a data set with fewer gives all.
         data: the run's data set; by default the recipe's own.
         on_progress: called with (stage, done, total).
 
@@ -107,11 +108,11 @@ def export_run(
     return Export(path, graph, proof, len(content), float_bytes)
 
 
-def _probe(data: ImageData, count: int) -> Any:
-    for images in (data.val_x, data.train_x):
-        if len(images) >= count:
-            return images[:count]
-    raise ExportError(f"the proof needs {count} images, but the data set has fewer to validate or train on")
+def _probe(data: ImageData, count: int) -> Tensor:
+    """Validation images, and training images where these are too few; all there are where both together are."""
+    if len(data.val_x) >= count:
+        return data.val_x[:count]
+    return torch.cat([data.val_x, data.train_x])[:count]
 
 
 def _meta(recipe: Recipe, spec: InputSpec, run: dict[str, Any]) -> dict[str, Any]:
