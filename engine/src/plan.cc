@@ -134,6 +134,10 @@ class Planner {
 
   EpilogueStep& PushStore(PlanStep& s, Step step, Value v, Rep rep) {
     const int buffer = NewBuffer(v, rep);
+    if (step == Step::kStoreF16 && !s.epilogue.empty() && s.epilogue.back().step == Step::kRoundHalf) {
+      s.epilogue.pop_back();
+      step = Step::kRoundStoreF16;
+    }
     s.writes.push_back(buffer);
     s.info.bytes += plan_.buffers[size_t(buffer)].image_bytes();
     if (s.info.values.empty() || s.info.values.back() != node(v).name) s.info.values.push_back(node(v).name);
@@ -406,7 +410,18 @@ class Planner {
     return bytes;
   }
 
-  // Weights as [block of 16 filters][tap word][16]; every tap's channels fill whole words, as the activations do. A set bit is +1.
+  // Tap word k of filter o.
+  static uint32_t& BitWord(PlanStep& s, int64_t o, int64_t k, int groups) {
+    const int64_t group_blocks = s.blocks / groups, block = o / kLanes % group_blocks;
+    const int64_t first = o / kLanes - block % 4, together = std::min<int64_t>(4, group_blocks - (block - block % 4));
+    return s.bit_weights[size_t(first * s.w_block + (k * together + block % 4) * kLanes + o % kLanes)];
+  }
+
+  static void InvertFilter(PlanStep& s, int64_t o, int groups) {
+    for (int64_t k = 0; k < s.depth; ++k) BitWord(s, o, k, groups) ^= ~0u;
+  }
+
+  // Weights as [up to 64 filters of a group][tap word][block][16 filters]; every tap's channels fill whole words, as the activations do. A set bit is +1.
   // With all taps inside, acc = (number of taps) * channels - 2 * popcount(a xor w). A tap outside reads 0 bits, which adds popcount(w) to
   // the count and must add nothing to acc: base = (valid taps) * channels + 2 * (sum of popcount(w) over the invalid taps).
   void PackBits(PlanStep& s, const Node& n) {
@@ -425,13 +440,18 @@ class Planner {
       for (int64_t t = 0; t < taps; ++t) {
         for (int64_t c = 0; c < channels; ++c) {
           if (w.codes[size_t((o * taps + t) * channels + c)] < 0) continue;
-          const int64_t at = o / kLanes * s.w_block + (t * words + c / 32) * kLanes + o % kLanes;
-          s.bit_weights[size_t(at)] |= 1u << (c % 32);
+          BitWord(s, o, t * words + c / 32, n.groups) |= 1u << (c % 32);
           ++ones[size_t(o * taps + t)];
         }
       }
     }
     const Geometry& g = n.geometry;
+    const Buffer& source = plan_.buffers[size_t(s.sources[0])];
+    for (int64_t y = 0; y < w.shape[1]; ++y) {
+      for (int64_t x = 0; x < w.shape[2]; ++x) {
+        for (int64_t i = 0; i < words; ++i) s.taps.push_back(y * g.dilation[0] * source.row() + x * g.dilation[1] * source.pixel + i);
+      }
+    }
     const Shape& in = type(n.inputs[0]).shape;
     const Shape& out = n.type.shape;
     const Axis rows = Classes(out.height, in.height, n.kernel[0], g.stride[0], g.dilation[0], g.padding[0]);
@@ -483,14 +503,20 @@ class Planner {
     s.constants.clear();
     if (s.producer == Producer::kBitConv) {
       // acc = base - 2 p >= limit  <=>  p <= floor((base - limit) / 2). Lanes behind the last filter get no bit: p <= -1.
+      // Where the direction is turned, the filter's weights are inverted: all 32 depth bits that differed agree now and the other way
+      // round, p' = 32 depth - p, so that not (p <= most)  <=>  p' <= 32 depth - most - 1.
+      const int64_t all = 32 * s.depth;
       for (size_t at = 0; at < s.table.size(); ++at) {
         const size_t c = at % padded;
         if (c >= channels) {
           s.table[at] = -1;
           continue;
         }
-        const int64_t room = int64_t(s.table[at]) - found[c].limit;
-        s.table[at] = int32_t(std::clamp<int64_t>(room >> 1, -1, INT32_MAX));
+        const int64_t most = std::clamp<int64_t>((int64_t(s.table[at]) - found[c].limit) >> 1, -1, all);
+        s.table[at] = int32_t(found[c].flip ? all - most - 1 : most);
+      }
+      for (size_t c = 0; c < channels; ++c) {
+        if (found[c].flip) InvertFilter(s, int64_t(c), n.groups);
       }
       s.epilogue.clear();
       return;

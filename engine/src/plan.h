@@ -83,6 +83,7 @@ struct PlanStep {
   // popcount convolutions: base or limits per border class and filter
   bool threshold = false;
   std::vector<int32_t> row_class, col_offset;
+  std::vector<ptrdiff_t> taps;  // of each tap word: from a pixel's first tap, in words
   int64_t row_class_step = 0;
   Aligned<int32_t> table;
   Aligned<int32_t> limit;  // thresholds of other integer producers

@@ -61,6 +61,10 @@ class RowRunner {
   }
   char* At(int id, int64_t image, int64_t y, int64_t x) const { return Start(id, image) + buffer(id).at(y, x); }
 
+  static void ZeroWords(char* at, int64_t words) {  // a few only: a call of memset costs more
+    for (int64_t i = 0; i < words; ++i) reinterpret_cast<uint32_t*>(at)[i] = 0;
+  }
+
   // The ring of zero bits around row y (and above the first, below the last row) of the bit buffers this step fills.
   void ZeroRing(int64_t image, int64_t y) const {
     for (int id : s_.writes) {
@@ -70,8 +74,8 @@ class RowRunner {
       const int64_t row = b.row() * 4, pixel = b.pixel * 4;
       if (y == 0) std::memset(start, 0, size_t(b.ring[0] * row));
       char* const at = start + (y + b.ring[0]) * row;
-      std::memset(at, 0, size_t(b.ring[1] * pixel));
-      std::memset(at + (b.ring[1] + b.shape.width) * pixel, 0, size_t(b.ring[3] * pixel));
+      ZeroWords(at, b.ring[1] * b.pixel);
+      ZeroWords(at + (b.ring[1] + b.shape.width) * pixel, b.ring[3] * b.pixel);
       if (y + 1 == b.shape.height) std::memset(at + row, 0, size_t(b.ring[2] * row));
     }
   }
@@ -149,17 +153,9 @@ class RowRunner {
     const Geometry& g = n_.geometry;
     const int64_t group_blocks = s_.blocks / n_.groups, group_words = b.pixel / n_.groups;
     BitConv c{};
-    c.rows = n_.kernel[0];
-    c.cols = n_.kernel[1];
-    c.words = int(group_words);
-    c.row_step = g.dilation[0] * b.row();
-    c.col_step = g.dilation[1] * b.pixel;
+    c.taps = s_.taps.data();
+    c.depth = int(s_.depth);
     c.pixel_step = s_.batch_is_row ? b.pixel : g.stride[1] * b.pixel;
-    c.w_block = s_.w_block;
-    if (c.col_step == c.words) {  // the taps of a row lie side by side
-      c.words *= c.cols;
-      c.cols = 1;
-    }
     for (int64_t first = 0; first < s_.blocks;) {
       const int64_t group = first / group_blocks;
       const int64_t blocks = std::min<int64_t>(4, (group + 1) * group_blocks - first);
@@ -174,7 +170,6 @@ class RowRunner {
           c.table = table;
           c.offset = s_.batch_is_row ? kNoOffset : s_.col_offset.data() + x;
           if (s_.threshold && s_.epilogue.empty()) {
-            c.flip = s_.flip.data() + first;
             c.bits = reinterpret_cast<uint32_t*>(At(s_.writes[0], image, y, x)) + first / 2;
             c.bits_step = buffer(s_.writes[0]).pixel;
             k_.bit_threshold(c);
@@ -494,9 +489,10 @@ int64_t Engine::DebugNudgeThresholds(int delta) {
   for (PlanStep& s : impl_->plan.steps) {
     if (!s.threshold) continue;
     const int64_t channels = s.shape.channels, padded = RoundUp(channels, kLanes);
+    const int64_t last = 32 * s.depth;  // popcount limits of constants: -1 and all bits
     Aligned<int32_t>& limits = s.limit.size() ? s.limit : s.table;
     for (size_t i = 0; i < limits.size(); ++i) {
-      const bool constant = limits[i] == INT32_MAX || limits[i] == INT32_MIN;
+      const bool constant = limits[i] == INT32_MIN || (!s.limit.size() && (limits[i] < 0 || limits[i] >= last));
       if (int64_t(i) % padded >= channels || constant) continue;
       limits[i] += delta;
       ++count;

@@ -25,23 +25,22 @@ enum class Rep : uint8_t {
 
 // --- 1-bit x 1-bit convolution of one run of output pixels of one row ------------------------------------------------------------
 // acc = base[pixel][filter] - 2 * popcount(activation xor weight), summed over all taps; padded taps hold 0 bits and `base` has
-// them corrected. Weights are [block][tap word][16 filters].
+// them corrected. Weights are [tap word][block][16 filters].
 struct BitConv {
-  const uint32_t* a;  // the first pixel's first tap
-  int rows, cols, words;
-  ptrdiff_t row_step, col_step, pixel_step;  // in words
+  const uint32_t* a;      // the first pixel's first tap
+  const ptrdiff_t* taps;  // where each tap word lies from there, in words
+  int depth;              // number of tap words
+  ptrdiff_t pixel_step;   // in words
   int pixels;
   const uint32_t* w;
-  ptrdiff_t w_block;  // words between two blocks of filters
-  int blocks;         // 1..4 blocks of 16 filters
+  int blocks;  // 1..4 blocks of 16 filters
   // Per pixel constants: `table + offset[pixel]` is one int32 per filter: the base, or the limit of the popcount.
   const int32_t* table;
   const int32_t* offset;
   // bit_accumulate: int32 [pixel][blocks * 16], `out_step` int32 from pixel to pixel.
   int32_t* acc;
   ptrdiff_t acc_step;
-  // bit_threshold: bit = (popcount <= limit) xor flip. Writes (blocks + 1) / 2 words a pixel.
-  const uint16_t* flip;
+  // bit_threshold: bit = popcount <= limit. Writes (blocks + 1) / 2 words a pixel.
   uint32_t* bits;
   ptrdiff_t bits_step;  // in words
 };
@@ -105,6 +104,7 @@ enum class Step : uint8_t {
   kRelu,       // v = v > 0 ? v : +0
   kClip,       // v = v < low ? low : (v > high ? high : v)
   kRoundHalf,  // v = float16(v)
+  kRoundStoreF16,  // kRoundHalf, then kStoreF16
   kStoreI32,   // only first, only from an int32 source
   kStoreF32,
   kStoreF16,

@@ -51,6 +51,10 @@ inline F LoadHalf(const uint16_t* p) {
 inline void StoreHalf(uint16_t* p, const F& x) {
   for (int i = 0; i < kLanes; ++i) p[i] = FloatToHalf(x.v[i]);
 }
+inline F RoundStoreHalf(uint16_t* p, const F& x) {
+  StoreHalf(p, x);
+  return LoadHalf(p);
+}
 inline void StoreS16(int16_t* p, const F& x) {
   for (int i = 0; i < kLanes; ++i) p[i] = int16_t(std::lrint(x.v[i]));
 }
@@ -104,6 +108,7 @@ inline uint32_t AtMost(const I& a, const I& b) {  // a <= b
   for (int i = 0; i < kLanes; ++i) mask |= uint32_t(a.v[i] <= b.v[i]) << i;
   return mask;
 }
+inline uint32_t AtMost2(const I& a, const I& a_limit, const I& b, const I& b_limit) { return AtMost(a, a_limit) | AtMost(b, b_limit) << 16; }
 inline F ToFloat(const I& x) {
   return Each([&](int i) { return float(x.v[i]); });
 }
@@ -132,7 +137,7 @@ struct BitCount {
   I Total() const { return LoadI(sum); }
 };
 
-constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4, kWideBitTile = 0;
+constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4;
 constexpr int BitPixels(int) { return 2; }
 
 #include "kernels/generic.inc"

@@ -41,6 +41,12 @@ inline void StoreHalf(uint16_t* p, F x) {
   Store128(p, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
   Store128(p + 8, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
 }
+inline F RoundStoreHalf(uint16_t* p, F x) {
+  const __m128i a = _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT), b = _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT);
+  Store128(p, a);
+  Store128(p + 8, b);
+  return {_mm256_cvtph_ps(a), _mm256_cvtph_ps(b)};
+}
 inline void StoreS16(int16_t* p, F x) {
   const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
   Store256(p, _mm256_permute4x64_epi64(packed, 0xd8));
@@ -73,6 +79,7 @@ inline I MinusTwice(I a, I b) {
 }
 inline uint32_t Above8(__m256i a, __m256i b) { return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)))); }
 inline uint32_t AtMost(I a, I b) { return (Above8(a.a, b.a) | Above8(a.b, b.b) << 8) ^ 0xffff; }
+inline uint32_t AtMost2(I a, I a_limit, I b, I b_limit) { return AtMost(a, a_limit) | AtMost(b, b_limit) << 16; }
 inline Pairs LoadPairs(const int16_t* p) { return {Load256(p), Load256(p + 16)}; }
 inline I Dot(I sum, int32_t pair, Pairs w) {
   const __m256i x = _mm256_set1_epi32(pair);
@@ -108,7 +115,7 @@ struct BitCount {
   I Total() const { return AddI(sum, {Lanes(bytes.a), Lanes(bytes.b)}); }
 };
 
-constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4, kWideBitTile = 0;
+constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4;
 constexpr int BitPixels(int blocks) { return blocks == 1 ? 4 : 2; }
 
 #include "kernels/generic.inc"

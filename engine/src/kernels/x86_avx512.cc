@@ -33,6 +33,11 @@ inline F LoadHalf(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256
 inline void StoreHalf(uint16_t* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+inline F RoundStoreHalf(uint16_t* p, F x) {
+  const __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+  return _mm512_cvtph_ps(half);
+}
 inline void StoreS16(int16_t* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
 }
@@ -53,6 +58,9 @@ inline I AddI(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I MulI(I a, I b) { return _mm512_mullo_epi32(a, b); }
 inline I MinusTwice(I a, I b) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, 1)); }
 inline uint32_t AtMost(I a, I b) { return _mm512_cmple_epi32_mask(a, b); }
+inline uint32_t AtMost2(I a, I a_limit, I b, I b_limit) {
+  return _mm512_kunpackw(_mm512_cmple_epi32_mask(b, b_limit), _mm512_cmple_epi32_mask(a, a_limit));
+}
 inline F ToFloat(I x) { return _mm512_cvtepi32_ps(x); }
 inline Pairs LoadPairs(const int16_t* p) { return _mm512_loadu_si512(p); }
 inline I Dot(I sum, int32_t pair, Pairs w) { return _mm512_dpwssd_epi32(sum, _mm512_set1_epi32(pair), w); }
@@ -71,9 +79,9 @@ struct BitCount {
   I Total() const { return sum; }
 };
 
-// 4 pixels x 64 filters keep 16 sums, 4 weights and the temporaries in 32 registers; rows of 7 and 14 pixels take 7 at a time.
-constexpr int kBitBlocks = 4, kGemmPixels = 6, kGemmBlocks = 4, kEpiloguePixels = 8, kWideBitTile = 7;
-constexpr int BitPixels(int blocks) { return blocks == 1 ? 8 : blocks == 2 ? 7 : 4; }
+// 8 pixels x 32 filters: 16 sums; rows of 56, 28, 14 and 7 pixels split without a remainder.
+constexpr int kBitBlocks = 2, kGemmPixels = 6, kGemmBlocks = 4, kEpiloguePixels = 8;
+constexpr int BitPixels(int) { return 8; }
 
 #include "kernels/generic.inc"
 
