@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "half.h"
 #include "kernels/kernels.h"
@@ -122,7 +123,8 @@ inline I Dot(const I& sum, int32_t pair, Pairs w) {
 struct BitCount {
   using Weights = const uint32_t*;
   static constexpr int kFlush = 0;  // never needed
-  int32_t sum[kLanes] = {};
+  int32_t sum[kLanes];
+  void Clear() { std::memset(sum, 0, sizeof sum); }
   static Weights Load(const uint32_t* p) { return p; }
   void Add(uint32_t a, Weights w) {
     for (int i = 0; i < kLanes; ++i) {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #pragma GCC target("avx2,f16c")
 
@@ -91,8 +92,7 @@ struct BitCount {
   using Weights = I;
   static constexpr int kFlush = 31;
   I bytes, sum;
-  // Written out: a constructor the compiler generates does not carry the target pragma.
-  BitCount() : bytes(ZeroI()), sum(ZeroI()) {}
+  void Clear() { bytes = sum = ZeroI(); }
   static Weights Load(const uint32_t* p) { return {Load256(p), Load256(p + 8)}; }
   static __m256i Count(__m256i x) {
     const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 // Some compilers' own intrinsics (GCC 12) start from an undefined vector on purpose and then warn about it.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -69,8 +70,7 @@ struct BitCount {
   using Weights = __m512i;
   static constexpr int kFlush = 0;  // never needed
   __m512i sum;
-  // Written out: a constructor the compiler generates does not carry the target pragma.
-  BitCount() : sum(_mm512_setzero_si512()) {}
+  void Clear() { sum = _mm512_setzero_si512(); }
   static Weights Load(const uint32_t* p) { return _mm512_loadu_si512(p); }
   void Add(uint32_t a, Weights w) {
     sum = _mm512_add_epi32(sum, _mm512_popcnt_epi32(_mm512_xor_si512(_mm512_set1_epi32(int32_t(a)), w)));
