@@ -1,9 +1,9 @@
 """One layer of the engine beside ONNX Runtime float32, one thread, side by side: medians of interleaved runs.
 
-    python engine/bench/layers.py                    # the 1-bit 3x3 layers of docs, bits to bits and with a float16 residual
+    python engine/bench/layers.py                    # 1-bit 3x3, bits to bits and with a float16 residual
     python engine/bench/layers.py --isa avx2 --rounds 50
 
-Times of the engine are those of its own fused step (`Engine.profile`), activations in and out in the form the next layer reads.
+The engine's times are those of its own fused step (`Engine.profile`), activations in the form the next layer reads.
 ONNX Runtime runs Conv -> Relu of the same shape, all optimisations on, one thread, inputs and outputs bound once.
 """
 
