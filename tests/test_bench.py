@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from networks import classifier
 
 import lowbit
 from lowbit import bench
 from lowbit.bits import Codes
 from lowbit.graph import Graph, Node, Tensor
 from lowbit.runtime import load
+from networks import classifier
 
 
 def run_twin(graph: Graph, x: np.ndarray) -> np.ndarray:

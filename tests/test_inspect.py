@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graphs import draw
-from networks import classifier
 
 import lowbit
+from graphs import draw
 from lowbit.graph import Graph, Node, Tensor
 from lowbit.inspect import inspect, layer_table
+from networks import classifier
 
 GOLDEN = Path(__file__).parent / "golden" / "format1.lowbit"
 
