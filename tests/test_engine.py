@@ -62,7 +62,9 @@ class Campaign:
                 if not what and not same(engine(x[0]), output[0]):
                     what = "a single input"
                 if not what and CORES > 1 and seed % 2:
-                    what = difference(load(graph, threads=2, isa=isa), x, output, values)
+                    shared = load(graph, threads=2, isa=isa)
+                    shared._native._debug_always_share()
+                    what = difference(shared, x, output, values)
                     what = what and f"with 2 threads {what}"
                 if what:
                     self.failures[isa].append(f"draw({seed}, {ask}): {what}")
@@ -207,6 +209,7 @@ def test_float16_conversions_of_every_half() -> None:
 def test_batches_grow_and_shrink() -> None:
     rng = np.random.default_rng(SEED)
     engine = load(binary_net(rng), threads=min(2, CORES))
+    engine._native._debug_always_share()
     x = rng.normal(size=(7, 9, 9, 48)).astype(np.float32)
     whole = engine(x)
     for size in (1, 7, 3, 1, 5):
@@ -221,6 +224,7 @@ def test_one_engine_in_many_python_threads(threads: int) -> None:
         pytest.skip("one core only")
     rng = np.random.default_rng(SEED)
     engine = load(binary_net(rng), threads=threads)
+    engine._native._debug_always_share()
     batches = [rng.normal(size=(n, 9, 9, 48)).astype(np.float32) for n in (1, 2, 3, 4)]
     expected = [engine(x) for x in batches]
     wrong: list[int] = []

@@ -194,5 +194,6 @@ NB_MODULE(_engine, m) {
       .def("workspace_bytes", &Engine::workspace_bytes, "batch"_a)
       .def("run", &Run, "input"_a, "batch"_a, "output"_a, "trace"_a)
       .def("profile", &Profile, "input"_a, "batch"_a, "output"_a)
-      .def("_debug_nudge_thresholds", &Engine::DebugNudgeThresholds, "delta"_a);
+      .def("_debug_nudge_thresholds", &Engine::DebugNudgeThresholds, "delta"_a)
+      .def("_debug_always_share", &Engine::DebugAlwaysShare);
 }

@@ -263,6 +263,9 @@ class Planner {
                      n.geometry.padding == std::array<int, 4>{0, 0, 0, 0};
     for (int b : s.sources) s.batch_is_row &= plan_.buffers[size_t(b)].image_bytes() == plan_.buffers[size_t(b)].pixel * RepSize(plan_.buffers[size_t(b)].rep);
     for (int b : s.slots) s.batch_is_row &= plan_.buffers[size_t(b)].image_bytes() == plan_.buffers[size_t(b)].pixel * RepSize(plan_.buffers[size_t(b)].rep);
+    const double each = s.producer == Producer::kBitConv ? 0.0005 : s.integer ? 0.008 : 0.02;
+    s.nanoseconds = each * double(s.info.macs) + 0.05 * double(s.info.bytes);
+    for (int b : s.sources) s.nanoseconds += 0.05 * double(plan_.buffers[size_t(b)].image_bytes());
     plan_.scratch = std::max(plan_.scratch, Scratch(s));
     plan_.steps.push_back(std::move(s));
   }

@@ -89,6 +89,7 @@ struct PlanStep {
   Aligned<int32_t> limit;  // thresholds of other integer producers
   Aligned<uint16_t> flip;
 
+  double nanoseconds = 0;  // a rough guess for one image: is this step worth waking threads for?
   StepInfo info;
 };
 

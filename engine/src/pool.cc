@@ -7,7 +7,13 @@
 namespace lowbit {
 namespace {
 
-constexpr int kSpins = 4000;  // a few microseconds: the next step usually comes at once
+constexpr int kSpins = 4000;  // tens of microseconds: the next step usually comes soon, and waking a thread takes longer
+
+inline void Pause() {
+#if LOWBIT_X86
+  __builtin_ia32_pause();
+#endif
+}
 
 }  // namespace
 
@@ -37,6 +43,7 @@ void ThreadPool::Run(int64_t count, int64_t grain, const std::function<void(int,
   Share(0);
   for (int busy, spins = 0; (busy = busy_.load(std::memory_order_acquire)) != 0;) {
     if (++spins > kSpins) busy_.wait(busy, std::memory_order_acquire);
+    Pause();
   }
 }
 
@@ -54,6 +61,7 @@ void ThreadPool::Work(int thread) {
   for (;;) {
     for (int spins = 0; round_.load(std::memory_order_acquire) == seen;) {
       if (++spins > kSpins) round_.wait(seen, std::memory_order_acquire);
+      Pause();
     }
     ++seen;
     if (stop_) return;

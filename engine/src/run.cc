@@ -379,6 +379,8 @@ struct Engine::Impl {
   Kernels kernels;
   Plan plan;
   int threads;
+  // Nanoseconds. Waking the threads and waiting for the last one takes some microseconds.
+  double worth_threads = 20'000;
   std::string isa;
   std::vector<StepInfo> infos;
   std::unique_ptr<ThreadPool> pool;
@@ -420,7 +422,7 @@ struct Engine::Impl {
     const auto body = [&](int thread, int64_t first, int64_t last) {
       RowRunner(plan, step, node, kernels, w.values.data(), batch, input, w.scratch[size_t(thread)].data()).Rows(first, last);
     };
-    if (!pool) return body(0, 0, rows);
+    if (!pool || step.nanoseconds * double(batch) < worth_threads) return body(0, 0, rows);
     pool->Run(rows, std::max<int64_t>(1, rows / (threads * 4)), body);
   }
 
@@ -500,6 +502,8 @@ int64_t Engine::DebugNudgeThresholds(int delta) {
   }
   return count;
 }
+
+void Engine::DebugAlwaysShare() { impl_->worth_threads = 0; }
 
 std::vector<IsaInfo> Isas() {
   std::vector<IsaInfo> out;

@@ -140,6 +140,9 @@ class Engine {
   // For tests only: moves every integer threshold, so that a comparison can be seen to fail. Returns how many there were.
   int64_t DebugNudgeThresholds(int delta);
 
+  // For tests only: shares every step among the threads, however small it is.
+  void DebugAlwaysShare();
+
  private:
   struct Impl;
   std::unique_ptr<Impl> impl_;
