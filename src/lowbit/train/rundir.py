@@ -16,8 +16,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -27,6 +25,7 @@ from typing import Any
 import torch
 
 import lowbit.machine
+from lowbit.files import write_atomic
 from lowbit.train.data import ImageData
 
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
     "read_metrics",
     "read_run",
     "versions",
-    "write_bytes",
     "write_checkpoint",
     "write_json",
     "write_metrics",
@@ -98,36 +96,21 @@ class InputSpec:
         return json.loads(json.dumps(asdict(self)))
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write beside ``path``, then rename: the file is there as a whole or as it was before."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def write_text(path: Path, text: str) -> None:
-    """As ``write_bytes``, in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8, whole or not at all (``write_atomic``)."""
+    write_atomic(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """As ``write_bytes``, readable, keys in the order given."""
+    """As ``write_text``, readable, keys in the order given."""
     write_text(path, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_checkpoint(path: Path, tree: Mapping[str, Any]) -> None:
-    """As ``write_bytes``, with ``torch.save``."""
+    """With ``torch.save``, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(dict(tree), buffer)
-    write_bytes(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
 def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> None:
