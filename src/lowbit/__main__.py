@@ -10,7 +10,7 @@ def main() -> None:
     try:
         from lowbit.cli import run
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        if (error.name or "").partition(".")[0] not in ("typer", "rich"):
             raise
         sys.stderr.write("error: the command line needs an extra that is not installed: pip install 'lowbit[cli]'\n")
         raise SystemExit(2) from None

@@ -74,7 +74,7 @@ class _Run:
         run = read_run(place)
         missing: list[Missing] = []
         if run["status"] != "finished":
-            done = f"it is {run['status']} after {run['epochs_done']} of {run['epochs']} epochs"
+            done = f"{run['status']} after {run['epochs_done']} of {run['epochs']} epochs"
             missing.append((f"the end of the training ({done})", f"lowbit train {place} --resume"))
         model = place / "model.lowbit"
         contents = inspect(model) if model.is_file() else None
@@ -224,6 +224,7 @@ def _svg(figure: Figure, label: str) -> str:
     figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure, and nothing refers to them
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
