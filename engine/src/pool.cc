@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "arch.h"
@@ -17,11 +19,17 @@ inline void Pause() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) {
+ThreadPool::ThreadPool(int threads) : owner_(getpid()) {
   for (int t = 1; t < threads; ++t) workers_.emplace_back([this, t] { Work(t); });
 }
 
+bool ThreadPool::alive() const { return getpid() == owner_; }
+
 ThreadPool::~ThreadPool() {
+  if (!alive()) {
+    for (std::thread& worker : workers_) worker.detach();
+    return;
+  }
   stop_ = true;
   round_.fetch_add(1, std::memory_order_release);
   round_.notify_all();

@@ -416,13 +416,13 @@ struct Engine::Impl {
     spare.push_back(std::move(w));
   }
 
-  void Step(const PlanStep& step, Workspace& w, const void* input, int64_t batch) {
+  void Step(const PlanStep& step, Workspace& w, const void* input, int64_t batch, bool shared) {
     const Node& node = network->nodes[size_t(step.node)];
     const int64_t rows = step.batch_is_row ? (batch + RowRunner::Piece(step) - 1) / RowRunner::Piece(step) : batch * step.shape.height;
     const auto body = [&](int thread, int64_t first, int64_t last) {
       RowRunner(plan, step, node, kernels, w.values.data(), batch, input, w.scratch[size_t(thread)].data()).Rows(first, last);
     };
-    if (!pool || step.nanoseconds * double(batch) < worth_threads) return body(0, 0, rows);
+    if (!shared || step.nanoseconds * double(batch) < worth_threads) return body(0, 0, rows);
     pool->Run(rows, std::max<int64_t>(1, rows / (threads * 4)), body);
   }
 
@@ -470,13 +470,14 @@ void Engine::Run(const void* input, int64_t batch, void* output, const Trace* tr
   if (batch < 1) throw std::invalid_argument("the batch is empty");
   Impl& impl = *impl_;
   std::unique_lock<std::mutex> lock(impl.pool_mutex, std::defer_lock);
-  if (impl.pool) lock.lock();
+  const bool shared = impl.pool && impl.pool->alive();
+  if (shared) lock.lock();
   std::unique_ptr<Workspace> w = impl.Borrow(batch);
   const FloatMode mode;
   const std::vector<PlanStep>& steps = impl.plan.steps;
   for (size_t i = 0; i < steps.size(); ++i) {
     const auto start = std::chrono::steady_clock::now();
-    impl.Step(steps[i], *w, input, batch);
+    impl.Step(steps[i], *w, input, batch, shared);
     if (seconds) (*seconds)[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     if (trace) impl.Report(*trace, int(i), *w, batch);
   }
