@@ -42,7 +42,7 @@ NOISY: Final = 0.25
 
 CONV_GOAL: Final = 8.0
 STEP_GOAL: Final = 1.2
-_SLOT: Final = 0.004  # seconds that one sample lasts at least
+_SLOT: Final = 0.0005  # seconds one sample lasts at least: well below a scheduler's time slice
 
 Array = NDArray[Any]
 
@@ -373,7 +373,7 @@ def pinned(threads: int) -> Iterator[None]:
 def alternate(first: Callable[[], object], second: Callable[[], object], repeats: int) -> Comparison:
     """Time two functions in turn, `repeats` samples each.
 
-    A sample is the mean of as many calls as fill a few milliseconds, after one that is not counted.
+    A sample is the mean of as many calls as fill half a millisecond, after one that is not counted.
     """
     functions = (first, second)
     counts = []
@@ -410,7 +410,7 @@ def bench_file(
     threads: int = 1,
     isa: str | None = None,
     batch: int = 1,
-    repeats: int = 30,
+    repeats: int = 100,
     layers: bool = True,
 ) -> dict[str, Any]:
     """The network in a file, whole and layer by layer, beside ONNX Runtime's float32 of the same network.
@@ -470,7 +470,7 @@ def _bench_layers(graph: Graph, engine: Engine, x: Array, threads: int, repeats:
     for run in (empty, *theirs):
         if run:
             run()
-    for _ in range(max(repeats // 2, 3)):
+    for _ in range(min(max(repeats // 2, 3), 30)):
         for seconds, value in zip(ours_seconds, engine.profile(x, 5), strict=True):
             seconds.append(value)
         overhead.append(_seconds(empty, 5))

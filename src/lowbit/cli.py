@@ -369,7 +369,7 @@ def bench(
     file: FileArgument,
     threads: Annotated[int, typer.Option(help="Threads, and cores, of both.", min=1)] = 1,
     isa: IsaOption = None,
-    repeats: Annotated[int, typer.Option(help="Samples of each.", min=2)] = 30,
+    repeats: Annotated[int, typer.Option(help="Samples of each.", min=2)] = 100,
     batch: Annotated[int, typer.Option(help="Images in a call.", min=1)] = 1,
     output: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.", metavar="FILE")] = None,
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Measure every layer too.")] = True,
