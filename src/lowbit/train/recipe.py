@@ -186,9 +186,7 @@ class Recipe(_Strict):
 
     def to_yaml(self) -> str:
         """The resolved recipe; ``load_recipe`` reads it back equal."""
-        return yaml.safe_dump(
-            self.plain(), sort_keys=False, allow_unicode=True, width=120
-        )
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
