@@ -1,5 +1,6 @@
 // Times the 1-bit 3x3 layers on every ISA row of this CPU; also shows that the engine stands alone, without Python.
-//   cmake -S . -B build/bench -DLOWBIT_PYTHON=OFF -DLOWBIT_BENCH=ON && cmake --build build/bench && build/bench/lowbit_bench
+//   cmake -S . -B build/bench -DLOWBIT_PYTHON=OFF -DLOWBIT_BENCH=ON && cmake --build build/bench &&
+//   build/bench/lowbit_bench
 #include <algorithm>
 #include <cstdio>
 #include <random>
@@ -65,8 +66,8 @@ int main() {
       if (!row.available) continue;
       const double seconds = Time(row.name, channels, side);
       const double macs = 9.0 * double(channels * channels * side * side);
-      std::printf("%4lld ch @%-5lld%-10s%10.1f%12.0f\n", static_cast<long long>(channels), static_cast<long long>(side), row.name.c_str(),
-                  seconds * 1e6, macs / seconds / 1e9);
+      std::printf("%4lld ch @%-5lld%-10s%10.1f%12.0f\n", static_cast<long long>(channels), static_cast<long long>(side),
+                  row.name.c_str(), seconds * 1e6, macs / seconds / 1e9);
     }
   }
 }

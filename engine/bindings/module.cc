@@ -110,7 +110,8 @@ nb::list Run(const Engine& engine, ConstBytes input, int64_t batch, Bytes output
   }
   nb::list out;
   for (const Traced& t : traced) {
-    out.append(nb::make_tuple(t.name, DtypeName(t.type.dtype), ShapeTuple(t.type.shape), nb::bytes(t.data.data(), t.data.size())));
+    out.append(nb::make_tuple(t.name, DtypeName(t.type.dtype), ShapeTuple(t.type.shape),
+                              nb::bytes(t.data.data(), t.data.size())));
   }
   return out;
 }
@@ -132,11 +133,14 @@ nb::tuple TypeTuple(const ValueType& t) { return nb::make_tuple(DtypeName(t.dtyp
 
 NB_MODULE(_engine, m) {
   m.doc() = "lowbit's native engine; lowbit.runtime is its interface.";
-  m.def("isas", [] {
-    nb::list rows;
-    for (const IsaInfo& row : Isas()) rows.append(nb::make_tuple(row.name, row.available));
-    return rows;
-  }, "Every ISA row, best first: (name, available on this CPU).");
+  m.def(
+      "isas",
+      [] {
+        nb::list rows;
+        for (const IsaInfo& row : Isas()) rows.append(nb::make_tuple(row.name, row.available));
+        return rows;
+      },
+      "Every ISA row, best first: (name, available on this CPU).");
 
   nb::class_<Weights>(m, "Weights")
       .def_static("codes", &CodeWeights, "values"_a, "kind"_a, "bits"_a, "table"_a)
@@ -148,34 +152,55 @@ NB_MODULE(_engine, m) {
       .def(nb::init<>())
       .def("input_uint8", &Builder::InputUint8, "name"_a, "shape"_a, "zero_point"_a)
       .def("input_float32", &Builder::InputFloat32, "name"_a, "shape"_a)
-      .def("quantize", [](Builder& b, const std::string& name, Value x, const std::string& kind, int bits, float reciprocal) {
-        return b.Quantize(name, x, {KindOf(kind), bits, {}}, reciprocal);
-      }, "name"_a, "x"_a, "kind"_a, "bits"_a, "reciprocal"_a)
-      .def("conv2d", [](Builder& b, const std::string& name, Value x, const Weights& w, I2 stride, I2 dilation, I4 padding, int groups) {
-        return b.Conv2d(name, x, w, {stride, dilation, padding}, groups);
-      }, "name"_a, "x"_a, "weights"_a, "stride"_a, "dilation"_a, "padding"_a, "groups"_a)
-      .def("linear", [](Builder& b, const std::string& name, Value x, const Weights& w) { return b.Linear(name, x, w); },
-           "name"_a, "x"_a, "weights"_a)
-      .def("mul", [](Builder& b, const std::string& name, Value x, const Floats& c) { return b.Mul(name, x, List(c)); },
-           "name"_a, "x"_a, "factor"_a)
-      .def("add", [](Builder& b, const std::string& name, Value x, const Floats& c) { return b.Add(name, x, List(c)); },
-           "name"_a, "x"_a, "term"_a)
-      .def("add_values", [](Builder& b, const std::string& name, Value x, Value y) { return b.Add(name, x, y); },
-           "name"_a, "x"_a, "y"_a)
-      .def("prelu", [](Builder& b, const std::string& name, Value x, const Floats& c) { return b.Prelu(name, x, List(c)); },
-           "name"_a, "x"_a, "slope"_a)
+      .def(
+          "quantize",
+          [](Builder& b, const std::string& name, Value x, const std::string& kind, int bits, float reciprocal) {
+            return b.Quantize(name, x, {KindOf(kind), bits, {}}, reciprocal);
+          },
+          "name"_a, "x"_a, "kind"_a, "bits"_a, "reciprocal"_a)
+      .def(
+          "conv2d",
+          [](Builder& b, const std::string& name, Value x, const Weights& w, I2 stride, I2 dilation, I4 padding,
+             int groups) { return b.Conv2d(name, x, w, {stride, dilation, padding}, groups); },
+          "name"_a, "x"_a, "weights"_a, "stride"_a, "dilation"_a, "padding"_a, "groups"_a)
+      .def(
+          "linear", [](Builder& b, const std::string& name, Value x, const Weights& w) { return b.Linear(name, x, w); },
+          "name"_a, "x"_a, "weights"_a)
+      .def(
+          "mul", [](Builder& b, const std::string& name, Value x, const Floats& c) { return b.Mul(name, x, List(c)); },
+          "name"_a, "x"_a, "factor"_a)
+      .def(
+          "add", [](Builder& b, const std::string& name, Value x, const Floats& c) { return b.Add(name, x, List(c)); },
+          "name"_a, "x"_a, "term"_a)
+      .def(
+          "add_values", [](Builder& b, const std::string& name, Value x, Value y) { return b.Add(name, x, y); },
+          "name"_a, "x"_a, "y"_a)
+      .def(
+          "prelu",
+          [](Builder& b, const std::string& name, Value x, const Floats& c) { return b.Prelu(name, x, List(c)); },
+          "name"_a, "x"_a, "slope"_a)
       .def("relu", &Builder::Relu, "name"_a, "x"_a)
       .def("clip", &Builder::Clip, "name"_a, "x"_a, "low"_a, "high"_a)
-      .def("cast", [](Builder& b, const std::string& name, Value x, const std::string& dtype) {
-        if (dtype != "float16" && dtype != "float32") throw std::invalid_argument(name + ": casts to float16 or float32");
-        return b.Cast(name, x, dtype == "float16" ? Dtype::kFloat16 : Dtype::kFloat32);
-      }, "name"_a, "x"_a, "dtype"_a)
-      .def("max_pool", [](Builder& b, const std::string& name, Value x, I2 kernel, I2 stride, I4 padding) {
-        return b.MaxPool(name, x, kernel, {stride, {1, 1}, padding});
-      }, "name"_a, "x"_a, "kernel"_a, "stride"_a, "padding"_a)
-      .def("avg_pool", [](Builder& b, const std::string& name, Value x, I2 kernel, I2 stride, I4 padding, bool count_include_pad) {
-        return b.AvgPool(name, x, kernel, {stride, {1, 1}, padding}, count_include_pad);
-      }, "name"_a, "x"_a, "kernel"_a, "stride"_a, "padding"_a, "count_include_pad"_a)
+      .def(
+          "cast",
+          [](Builder& b, const std::string& name, Value x, const std::string& dtype) {
+            if (dtype != "float16" && dtype != "float32")
+              throw std::invalid_argument(name + ": casts to float16 or float32");
+            return b.Cast(name, x, dtype == "float16" ? Dtype::kFloat16 : Dtype::kFloat32);
+          },
+          "name"_a, "x"_a, "dtype"_a)
+      .def(
+          "max_pool",
+          [](Builder& b, const std::string& name, Value x, I2 kernel, I2 stride, I4 padding) {
+            return b.MaxPool(name, x, kernel, {stride, {1, 1}, padding});
+          },
+          "name"_a, "x"_a, "kernel"_a, "stride"_a, "padding"_a)
+      .def(
+          "avg_pool",
+          [](Builder& b, const std::string& name, Value x, I2 kernel, I2 stride, I4 padding, bool count_include_pad) {
+            return b.AvgPool(name, x, kernel, {stride, {1, 1}, padding}, count_include_pad);
+          },
+          "name"_a, "x"_a, "kernel"_a, "stride"_a, "padding"_a, "count_include_pad"_a)
       .def("global_avg_pool", &Builder::GlobalAvgPool, "name"_a, "x"_a)
       .def("pixel_shuffle", &Builder::PixelShuffle, "name"_a, "x"_a, "factor"_a)
       .def("concat", &Builder::Concat, "name"_a, "inputs"_a)
@@ -183,9 +208,12 @@ NB_MODULE(_engine, m) {
       .def("output", &Builder::Output, "name"_a, "x"_a);
 
   nb::class_<Engine>(m, "Engine")
-      .def("__init__", [](Engine* self, const Builder& builder, int threads, const std::string& isa) {
-        new (self) Engine(builder, Options{threads, isa});
-      }, "builder"_a, "threads"_a, "isa"_a)
+      .def(
+          "__init__",
+          [](Engine* self, const Builder& builder, int threads, const std::string& isa) {
+            new (self) Engine(builder, Options{threads, isa});
+          },
+          "builder"_a, "threads"_a, "isa"_a)
       .def_prop_ro("input", [](const Engine& e) { return TypeTuple(e.input_type()); })
       .def_prop_ro("output", [](const Engine& e) { return TypeTuple(e.output_type()); })
       .def_prop_ro("isa", &Engine::isa)

@@ -25,7 +25,9 @@ const char* Text(Dtype dtype) {
   return kNames[int(dtype)];
 }
 
-[[noreturn]] void Fail(const std::string& node, const std::string& what) { throw std::invalid_argument(node + ": " + what); }
+[[noreturn]] void Fail(const std::string& node, const std::string& what) {
+  throw std::invalid_argument(node + ": " + what);
+}
 
 bool IsReal(const ValueType& t) { return t.dtype == Dtype::kFloat32 || t.dtype == Dtype::kFloat16; }
 
@@ -69,7 +71,8 @@ class Rule {
   void Constant(std::vector<float> values) {
     const size_t channels = size_t(in().shape.channels);
     if (values.size() != 1 && values.size() != channels) {
-      fail("the constant has " + std::to_string(values.size()) + " numbers for " + std::to_string(channels) + " channels");
+      fail("the constant has " + std::to_string(values.size()) + " numbers for " + std::to_string(channels) +
+           " channels");
     }
     for (float v : values) Finite(v);
     if (values.size() == 1) values.assign(channels, values[0]);
@@ -90,7 +93,8 @@ class Rule {
       if (g.dilation[i] < 1 || g.dilation[i] > kMaxStep) fail("dilations are 1.." + std::to_string(kMaxStep));
       const int extent = (kernel[i] - 1) * g.dilation[i] + 1;
       const int before = g.padding[i], after = g.padding[i + 2];
-      if (before < 0 || after < 0 || before >= extent || after >= extent) fail("the padding is not less than the kernel's extent");
+      if (before < 0 || after < 0 || before >= extent || after >= extent)
+        fail("the padding is not less than the kernel's extent");
       if (size[i] + before + after < extent) fail("the kernel's extent is larger than the padded input");
       out[i] = (size[i] + before + after - extent) / g.stride[i] + 1;
     }
@@ -110,8 +114,10 @@ class Rule {
     }
     const int groups = node_.groups;
     if (groups < 1 || channels % groups || s[0] % groups) fail("groups must divide the input and output channels");
-    if (s[3] * groups != channels) fail("the weight does not fit the input's " + std::to_string(channels) + " channels");
-    if (int64_t(w.integer ? w.codes.size() : w.numbers.size()) != count) fail("the weight's size does not fit its shape");
+    if (s[3] * groups != channels)
+      fail("the weight does not fit the input's " + std::to_string(channels) + " channels");
+    if (int64_t(w.integer ? w.codes.size() : w.numbers.size()) != count)
+      fail("the weight's size does not fit its shape");
     if (w.integer) {
       CheckType(w.type);
       for (int16_t c : w.codes) {
@@ -137,7 +143,8 @@ class Rule {
   Value Done() {
     Shape& s = node_.type.shape;
     const int64_t limit = kMaxElements;
-    if (s.height < 1 || s.width < 1 || s.channels < 1 || s.height > limit / s.width || s.height * s.width > limit / s.channels) {
+    if (s.height < 1 || s.width < 1 || s.channels < 1 || s.height > limit / s.width ||
+        s.height * s.width > limit / s.channels) {
       fail("a value of " + Text(s) + " is too large");
     }
     network_.nodes.push_back(std::move(node_));
@@ -184,7 +191,8 @@ Builder& Builder::operator=(Builder&&) noexcept = default;
 
 const ValueType& Builder::type(Value x) const { return network_->nodes.at(size_t(x)).type; }
 
-Value Builder::InputUint8(const std::string& name, const std::vector<int64_t>& shape, const std::vector<int>& zero_point) {
+Value Builder::InputUint8(const std::string& name, const std::vector<int64_t>& shape,
+                          const std::vector<int>& zero_point) {
   Rule r(*network_, name, Op::kInput, {});
   ValueType& t = r.node().type;
   t = {Dtype::kCodes, InputShape(name, shape), {Kind::kUnsigned, 8, {}}, {}};
@@ -210,7 +218,8 @@ Value Builder::Quantize(const std::string& name, Value x, const Codes& codes, fl
   r.CheckType(codes);
   if (codes.kind == Kind::kTable) r.fail("table codes are for weights only");
   if (codes.kind == Kind::kBipolar && codes.bits != 1) r.fail("bipolar activations have 1 bit");
-  if (codes.kind != Kind::kBipolar && !(std::isfinite(reciprocal) && reciprocal > 0)) r.fail("the reciprocal must be positive");
+  if (codes.kind != Kind::kBipolar && !(std::isfinite(reciprocal) && reciprocal > 0))
+    r.fail("the reciprocal must be positive");
   r.node().type.dtype = Dtype::kCodes;
   r.node().type.codes = codes;
   r.node().reciprocal = reciprocal;
@@ -223,7 +232,8 @@ Value Builder::Conv2d(const std::string& name, Value x, Weights weights, const G
   if (weights.shape.size() != 4) r.fail("the weight must be (O, kH, kW, I)");
   r.node().groups = groups;
   for (size_t i = 1; i < 3; ++i) {
-    if (weights.shape[i] < 1 || weights.shape[i] > kMaxKernel) r.fail("kernels are 1.." + std::to_string(kMaxKernel) + " a side");
+    if (weights.shape[i] < 1 || weights.shape[i] > kMaxKernel)
+      r.fail("kernels are 1.." + std::to_string(kMaxKernel) + " a side");
   }
   r.Slide({int(weights.shape[1]), int(weights.shape[2])}, geometry);
   r.Product(std::move(weights), r.in().shape.channels);
@@ -257,7 +267,8 @@ Value Builder::Add(const std::string& name, Value x, Value y) {
   Rule r(*network_, name, Op::kAddValue, {x, y});
   r.Real(x);
   r.Real(y);
-  if (r.type(x).shape != r.type(y).shape) r.fail("adds values of one shape, got " + Text(r.type(x).shape) + " and " + Text(r.type(y).shape));
+  if (r.type(x).shape != r.type(y).shape)
+    r.fail("adds values of one shape, got " + Text(r.type(x).shape) + " and " + Text(r.type(y).shape));
   return r.Done();
 }
 
@@ -304,7 +315,8 @@ Value Builder::MaxPool(const std::string& name, Value x, std::array<int, 2> kern
   return r.Done();
 }
 
-Value Builder::AvgPool(const std::string& name, Value x, std::array<int, 2> kernel, const Geometry& geometry, bool count_include_pad) {
+Value Builder::AvgPool(const std::string& name, Value x, std::array<int, 2> kernel, const Geometry& geometry,
+                       bool count_include_pad) {
   Rule r(*network_, name, Op::kAvgPool, {x});
   r.RealOrCodes();
   if (geometry.dilation != std::array<int, 2>{1, 1}) r.fail("pools have no dilation");
@@ -326,7 +338,8 @@ Value Builder::PixelShuffle(const std::string& name, Value x, int factor) {
   r.Image();
   r.node().type = r.in();
   Shape& s = r.node().type.shape;
-  if (factor < 1 || factor > kMaxStep || s.channels % (factor * factor)) r.fail("the factor squared must divide the channels");
+  if (factor < 1 || factor > kMaxStep || s.channels % (factor * factor))
+    r.fail("the factor squared must divide the channels");
   s.height *= factor;
   s.width *= factor;
   s.channels /= factor * factor;
@@ -343,7 +356,8 @@ Value Builder::Concat(const std::string& name, const std::vector<Value>& inputs)
     const ValueType& t = r.type(x);
     Shape same = t.shape;
     same.channels = r.in().shape.channels;
-    if (t.dtype != r.in().dtype || t.codes != r.in().codes || same != r.in().shape) r.fail("joins values of one type and size");
+    if (t.dtype != r.in().dtype || t.codes != r.in().codes || same != r.in().shape)
+      r.fail("joins values of one type and size");
     channels += t.shape.channels;
   }
   r.node().type.shape.channels = channels;

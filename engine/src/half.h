@@ -23,8 +23,8 @@ inline uint16_t FloatToHalf(float x) {
   if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff));
   if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00);  // 65520 and above round to infinity
   if (magnitude < 0x38800000u) {
-    // Below the smallest normal half, 2^-14: adding 1/2 in float32 puts the last bit of a half at the last bit of the sum, so that the
-    // addition itself rounds to nearest-even.
+    // Below the smallest normal half, 2^-14: adding 1/2 in float32 puts the last bit of a half at the last bit of the
+    // sum, so that the addition itself rounds to nearest-even.
     const float sum = std::bit_cast<float>(magnitude) + 0.5f;
     return uint16_t(sign | (std::bit_cast<uint32_t>(sum) - 0x3f000000u));
   }

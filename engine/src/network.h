@@ -9,8 +9,24 @@
 namespace lowbit {
 
 enum class Op : uint8_t {
-  kInput, kQuantize, kConv, kLinear, kMul, kAddConst, kAddValue, kPrelu, kRelu, kClip, kCast,
-  kMaxPool, kAvgPool, kGlobalAvgPool, kPixelShuffle, kConcat, kFlatten, kOutput,
+  kInput,
+  kQuantize,
+  kConv,
+  kLinear,
+  kMul,
+  kAddConst,
+  kAddValue,
+  kPrelu,
+  kRelu,
+  kClip,
+  kCast,
+  kMaxPool,
+  kAvgPool,
+  kGlobalAvgPool,
+  kPixelShuffle,
+  kConcat,
+  kFlatten,
+  kOutput,
 };
 
 struct Node {

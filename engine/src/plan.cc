@@ -25,8 +25,9 @@ Rep Natural(const ValueType& t) {
   return Rep::kF32;
 }
 
-// Which filter taps of one axis lie inside the image, for every output position; equal sets share a class. This is the real geometry:
-// nothing is assumed about how the kernel, the padding and the image compare, and a class may have no tap at all.
+// Which filter taps of one axis lie inside the image, for every output position; equal sets share a class. This is the
+// real geometry: nothing is assumed about how the kernel, the padding and the image compare, and a class may have no
+// tap at all.
 struct Axis {
   std::vector<int32_t> class_of;         // output position -> class
   std::vector<std::vector<bool>> valid;  // class -> tap -> inside
@@ -156,7 +157,9 @@ class Planner {
   void StoreQuantized(PlanStep& s, Value q) {
     const Node& n = node(q);
     const auto& readers = consumers_[size_t(q)];
-    const auto wants = [&](Rep rep) { return std::any_of(readers.begin(), readers.end(), [&](Value c) { return Reads(c, q) == rep; }); };
+    const auto wants = [&](Rep rep) {
+      return std::any_of(readers.begin(), readers.end(), [&](Value c) { return Reads(c, q) == rep; });
+    };
     if (wants(Rep::kBits)) PushStore(s, Step::kStoreBits, q, Rep::kBits);
     if (wants(Rep::kS16)) {
       EpilogueStep& e = PushStore(s, IsSign(n.type.codes) ? Step::kSignS16 : Step::kQuantS16, q, Rep::kS16);
@@ -223,7 +226,8 @@ class Planner {
       std::vector<Value> rest;
       std::vector<Value> quantizes;
       for (Value c : consumers_[size_t(v)]) (node(c).op == Op::kQuantize ? quantizes : rest).push_back(c);
-      const auto next = std::find_if(rest.begin(), rest.end(), [&](Value c) { return !done_[size_t(c)] && CanFollow(c, v); });
+      const auto next =
+          std::find_if(rest.begin(), rest.end(), [&](Value c) { return !done_[size_t(c)] && CanFollow(c, v); });
       const Value follow = next == rest.end() ? -1 : *next;
       if (next != rest.end()) rest.erase(next);
       Store(s, v, rest);
@@ -258,11 +262,16 @@ class Planner {
       default: Elementwise(s, v); break;
     }
     const auto single = [](const Shape& shape) { return shape.height == 1 && shape.width == 1; };
-    const bool by_pixel = s.producer == Producer::kBitConv || s.producer == Producer::kGemm || s.producer == Producer::kElementwise;
+    const bool by_pixel =
+        s.producer == Producer::kBitConv || s.producer == Producer::kGemm || s.producer == Producer::kElementwise;
     s.batch_is_row = by_pixel && single(s.shape) && n.kernel == std::array<int, 2>{1, 1} &&
                      n.geometry.padding == std::array<int, 4>{0, 0, 0, 0};
-    for (int b : s.sources) s.batch_is_row &= plan_.buffers[size_t(b)].image_bytes() == plan_.buffers[size_t(b)].pixel * RepSize(plan_.buffers[size_t(b)].rep);
-    for (int b : s.slots) s.batch_is_row &= plan_.buffers[size_t(b)].image_bytes() == plan_.buffers[size_t(b)].pixel * RepSize(plan_.buffers[size_t(b)].rep);
+    for (int b : s.sources)
+      s.batch_is_row &= plan_.buffers[size_t(b)].image_bytes() ==
+                        plan_.buffers[size_t(b)].pixel * RepSize(plan_.buffers[size_t(b)].rep);
+    for (int b : s.slots)
+      s.batch_is_row &= plan_.buffers[size_t(b)].image_bytes() ==
+                        plan_.buffers[size_t(b)].pixel * RepSize(plan_.buffers[size_t(b)].rep);
     const double each = s.producer == Producer::kBitConv ? 0.0005 : s.integer ? 0.008 : 0.02;
     s.nanoseconds = each * double(s.info.macs) + 0.05 * double(s.info.bytes);
     for (int b : s.sources) s.nanoseconds += 0.05 * double(plan_.buffers[size_t(b)].image_bytes());
@@ -337,12 +346,15 @@ class Planner {
     if (s.integer) UseThresholds(s, n, x);
   }
 
-  static float Number(const Weights& w, int64_t i) { return w.integer ? float(w.codes[size_t(i)]) : w.numbers[size_t(i)]; }
+  static float Number(const Weights& w, int64_t i) {
+    return w.integer ? float(w.codes[size_t(i)]) : w.numbers[size_t(i)];
+  }
 
   void PackDepthwise(PlanStep& s, const Node& n) {
     s.producer = Producer::kDepthwise;
     s.info.kernel = s.integer ? "depthwise_int" : "depthwise_float";
-    const int64_t channels = n.type.shape.channels, padded = RoundUp(channels, kLanes), taps = int64_t(n.kernel[0]) * n.kernel[1];
+    const int64_t channels = n.type.shape.channels, padded = RoundUp(channels, kLanes),
+                  taps = int64_t(n.kernel[0]) * n.kernel[1];
     s.tile_step = padded;
     s.tile_pixels = TilePixels(s);
     if (s.integer) {
@@ -424,9 +436,10 @@ class Planner {
     for (int64_t k = 0; k < s.depth; ++k) BitWord(s, o, k, groups) ^= ~0u;
   }
 
-  // Weights as [up to 64 filters of a group][tap word][block][16 filters]; every tap's channels fill whole words, as the activations do. A set bit is +1.
-  // With all taps inside, acc = (number of taps) * channels - 2 * popcount(a xor w). A tap outside reads 0 bits, which adds popcount(w) to
-  // the count and must add nothing to acc: base = (valid taps) * channels + 2 * (sum of popcount(w) over the invalid taps).
+  // Weights as [up to 64 filters of a group][tap word][block][16 filters]; every tap's channels fill whole words, as
+  // the activations do. A set bit is +1. With all taps inside, acc = (number of taps) * channels - 2 * popcount(a xor
+  // w). A tap outside reads 0 bits, which adds popcount(w) to the count and must add nothing to acc: base = (valid
+  // taps) * channels + 2 * (sum of popcount(w) over the invalid taps).
   void PackBits(PlanStep& s, const Node& n) {
     s.producer = Producer::kBitConv;
     s.info.kernel = "bit_conv";
@@ -452,7 +465,8 @@ class Planner {
     const Buffer& source = plan_.buffers[size_t(s.sources[0])];
     for (int64_t y = 0; y < w.shape[1]; ++y) {
       for (int64_t x = 0; x < w.shape[2]; ++x) {
-        for (int64_t i = 0; i < words; ++i) s.taps.push_back(y * g.dilation[0] * source.row() + x * g.dilation[1] * source.pixel + i);
+        for (int64_t i = 0; i < words; ++i)
+          s.taps.push_back(y * g.dilation[0] * source.row() + x * g.dilation[1] * source.pixel + i);
       }
     }
     const Shape& in = type(n.inputs[0]).shape;
@@ -482,12 +496,16 @@ class Planner {
     s.tile_pixels = int(std::min<int64_t>(std::max<int64_t>(out.width, 16), kTileBytes / (s.tile_step * 4)));
   }
 
-  // Replaces {float steps, one store of sign bits} behind an integer convolution by one compare, where every channel allows it.
+  // Replaces {float steps, one store of sign bits} behind an integer convolution by one compare, where every channel
+  // allows it.
   void UseThresholds(PlanStep& s, const Node& n, const ValueType& x) {
-    if (s.epilogue.empty() || s.epilogue.back().step != Step::kStoreBits || s.writes.size() != 1 || s.slots.size() != 1) return;
+    if (s.epilogue.empty() || s.epilogue.back().step != Step::kStoreBits || s.writes.size() != 1 || s.slots.size() != 1)
+      return;
     const size_t channels = size_t(n.type.shape.channels);
-    const int64_t lowest = LowestCode(x.codes) - (x.zero_point.empty() ? 0 : *std::max_element(x.zero_point.begin(), x.zero_point.end()));
-    const int64_t highest = HighestCode(x.codes) - (x.zero_point.empty() ? 0 : *std::min_element(x.zero_point.begin(), x.zero_point.end()));
+    const int64_t lowest =
+        LowestCode(x.codes) - (x.zero_point.empty() ? 0 : *std::max_element(x.zero_point.begin(), x.zero_point.end()));
+    const int64_t highest =
+        HighestCode(x.codes) - (x.zero_point.empty() ? 0 : *std::min_element(x.zero_point.begin(), x.zero_point.end()));
     const int64_t largest = std::max(-lowest, highest);
     const size_t per_filter = n.weights.codes.size() / channels;
     std::vector<Threshold> found;
@@ -505,9 +523,9 @@ class Planner {
     s.info.kernel += "+threshold";
     s.constants.clear();
     if (s.producer == Producer::kBitConv) {
-      // acc = base - 2 p >= limit  <=>  p <= floor((base - limit) / 2). Lanes behind the last filter get no bit: p <= -1.
-      // Where the direction is turned, the filter's weights are inverted: all 32 depth bits that differed agree now and the other way
-      // round, p' = 32 depth - p, so that not (p <= most)  <=>  p' <= 32 depth - most - 1.
+      // acc = base - 2 p >= limit  <=>  p <= floor((base - limit) / 2). Lanes behind the last filter get no bit: p <=
+      // -1. Where the direction is turned, the filter's weights are inverted: all 32 depth bits that differed agree now
+      // and the other way round, p' = 32 depth - p, so that not (p <= most)  <=>  p' <= 32 depth - most - 1.
       const int64_t all = 32 * s.depth;
       for (size_t at = 0; at < s.table.size(); ++at) {
         const size_t c = at % padded;
@@ -539,7 +557,8 @@ class Planner {
     std::vector<size_t> order(plan_.buffers.size());
     std::iota(order.begin(), order.end(), size_t{0});
     plan_.buffers[size_t(plan_.output)].last = int(plan_.steps.size());
-    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return plan_.buffers[a].room() > plan_.buffers[b].room(); });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return plan_.buffers[a].room() > plan_.buffers[b].room(); });
     std::vector<size_t> placed;
     for (size_t id : order) {
       Buffer& b = plan_.buffers[id];

@@ -42,15 +42,17 @@ struct Buffer {
   Value value;
   Rep rep;
   Shape shape;
-  int64_t pixel;                    // elements (words for bits) from pixel to pixel
-  std::array<int, 4> ring = {};     // zero pixels around the image (top, left, bottom, right): bits only
-  int first = 0, last = 0;          // steps that write it and read it last
-  int64_t offset = 0;               // in the workspace of a batch of 1; everything scales with the batch
+  int64_t pixel;                 // elements (words for bits) from pixel to pixel
+  std::array<int, 4> ring = {};  // zero pixels around the image (top, left, bottom, right): bits only
+  int first = 0, last = 0;       // steps that write it and read it last
+  int64_t offset = 0;            // in the workspace of a batch of 1; everything scales with the batch
 
   int64_t row() const { return (shape.width + ring[1] + ring[3]) * pixel; }
   int64_t image_bytes() const { return (shape.height + ring[0] + ring[2]) * row() * RepSize(rep); }
   int64_t room() const { return RoundUp(image_bytes(), 64) + kSlack; }
-  int64_t at(int64_t y, int64_t x) const { return ((y + ring[0]) * row() + (x + ring[1]) * pixel) * RepSize(rep); }  // bytes
+  int64_t at(int64_t y, int64_t x) const {
+    return ((y + ring[0]) * row() + (x + ring[1]) * pixel) * RepSize(rep);
+  }  // bytes
 };
 
 enum class Producer : uint8_t { kInput, kBitConv, kGemm, kDepthwise, kPool, kShuffle, kConcat, kFlatten, kElementwise };
@@ -62,8 +64,8 @@ struct PlanStep {
   std::vector<int> sources;  // buffers the producer reads
   Rep tile = Rep::kF32;      // what the producer hands to the epilogue
   std::vector<EpilogueStep> epilogue;
-  std::vector<int> slots;   // the buffers behind the epilogue's slots
-  std::vector<int> writes;  // the buffers among them that it fills
+  std::vector<int> slots;     // the buffers behind the epilogue's slots
+  std::vector<int> writes;    // the buffers among them that it fills
   bool batch_is_row = false;  // everything is 1 x 1: the batch takes the place of the width
   std::vector<Aligned<float>> constants;
 

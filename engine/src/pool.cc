@@ -9,7 +9,8 @@
 namespace lowbit {
 namespace {
 
-constexpr int kSpins = 4000;  // tens of microseconds: the next step usually comes soon, and waking a thread takes longer
+constexpr int kSpins =
+    4000;  // tens of microseconds: the next step usually comes soon, and waking a thread takes longer
 
 inline void Pause() {
 #if LOWBIT_X86

@@ -18,8 +18,8 @@ class ThreadPool {
   // False in a process forked from the one that made the pool: threads do not survive a fork.
   bool alive() const;
 
-  // Calls body(thread, first, last) on pieces of 0..count, each thread in the engine's float mode. Returns when all are done.
-  // One caller at a time.
+  // Calls body(thread, first, last) on pieces of 0..count, each thread in the engine's float mode. Returns when all are
+  // done. One caller at a time.
   void Run(int64_t count, int64_t grain, const std::function<void(int, int64_t, int64_t)>& body);
 
  private:

@@ -23,9 +23,16 @@ struct Workspace {
 // What one thread needs to compute rows of one step.
 class RowRunner {
  public:
-  RowRunner(const Plan& plan, const PlanStep& step, const Node& node, const Kernels& kernels, char* values, int64_t batch,
-            const void* input, char* scratch)
-      : plan_(plan), s_(step), n_(node), k_(kernels), values_(values), batch_(batch), input_(input), scratch_(scratch) {}
+  RowRunner(const Plan& plan, const PlanStep& step, const Node& node, const Kernels& kernels, char* values,
+            int64_t batch, const void* input, char* scratch)
+      : plan_(plan),
+        s_(step),
+        n_(node),
+        k_(kernels),
+        values_(values),
+        batch_(batch),
+        input_(input),
+        scratch_(scratch) {}
 
   // Rows are counted through all images; with batch_is_row, "rows" are pieces of tile_pixels images.
   void Rows(int64_t first, int64_t last) {
@@ -107,8 +114,8 @@ class RowRunner {
   }
 
   // The epilogue over `pixels` pixels of a row, all blocks or some.
-  void Finish(const void* tile, int64_t tile_step, int64_t image, int64_t y, int64_t x, int64_t pixels, int64_t first_block = 0,
-              int64_t blocks = 0) const {
+  void Finish(const void* tile, int64_t tile_step, int64_t image, int64_t y, int64_t x, int64_t pixels,
+              int64_t first_block = 0, int64_t blocks = 0) const {
     constexpr size_t kInline = 16;
     void* few[kInline];
     std::vector<void*> many;
@@ -119,8 +126,8 @@ class RowRunner {
     }
     for (size_t i = 0; i < s_.slots.size(); ++i) slots[i] = At(s_.slots[i], image, y, x);
     const int64_t all = RoundUp(s_.shape.channels, kLanes) / kLanes;
-    k_.epilogue({s_.epilogue.data(), int(s_.epilogue.size()), tile, s_.tile, tile_step, int(pixels), int(first_block), int(first_block),
-                 int(blocks ? blocks : all), int(s_.shape.channels), slots});
+    k_.epilogue({s_.epilogue.data(), int(s_.epilogue.size()), tile, s_.tile, tile_step, int(pixels), int(first_block),
+                 int(first_block), int(blocks ? blocks : all), int(s_.shape.channels), slots});
   }
 
   void InputRow(int64_t image, int64_t y) const {
@@ -136,7 +143,8 @@ class RowRunner {
     int16_t* out = reinterpret_cast<int16_t*>(to);
     const std::vector<int>& zero_point = n_.type.zero_point;
     const size_t channels = zero_point.size();
-    const bool same = std::adjacent_find(zero_point.begin(), zero_point.end(), std::not_equal_to<>()) == zero_point.end();
+    const bool same =
+        std::adjacent_find(zero_point.begin(), zero_point.end(), std::not_equal_to<>()) == zero_point.end();
     if (same) {
       const int16_t z = zero_point.empty() ? int16_t(0) : int16_t(zero_point[0]);
       for (int64_t i = 0; i < count; ++i) out[i] = int16_t(from[i] - z);
@@ -163,7 +171,8 @@ class RowRunner {
       c.blocks = int(blocks);
       for (int64_t y = y0; y < y1; ++y) {
         const char* row = Start(s_.sources[0], image) + b.at(y * g.stride[0] - g.padding[0], -g.padding[1]);
-        const int32_t* table = s_.table.data() + (s_.batch_is_row ? 0 : s_.row_class[size_t(y)] * s_.row_class_step) + first * kLanes;
+        const int32_t* table =
+            s_.table.data() + (s_.batch_is_row ? 0 : s_.row_class[size_t(y)] * s_.row_class_step) + first * kLanes;
         for (int64_t x = x0; x < x1; x += s_.tile_pixels) {
           c.pixels = int(std::min<int64_t>(s_.tile_pixels, x1 - x));
           c.a = reinterpret_cast<const uint32_t*>(row) + x * c.pixel_step + group * group_words;
@@ -240,7 +249,8 @@ class RowRunner {
       (s_.integer ? k_.int_gemm : k_.float_gemm)(m);
       if (n_.groups == 1) return;
       for (int64_t p = 0; p < pixels; ++p) {  // both int32 and float32 are 4 bytes
-        std::memcpy(scratch_ + (p * s_.tile_step + group * filters) * 4, part + p * m.out_step * 4, size_t(filters) * 4);
+        std::memcpy(scratch_ + (p * s_.tile_step + group * filters) * 4, part + p * m.out_step * 4,
+                    size_t(filters) * 4);
       }
     }
   }
@@ -275,7 +285,8 @@ class RowRunner {
       w.w_row_step = w.w_col_step * n_.kernel[1];
       const int64_t from = r0 * w.w_row_step + c0 * w.w_col_step;
       w.integer = s_.integer;
-      if (!empty) w.w = s_.integer ? static_cast<const void*>(s_.depth_weights.data() + from) : s_.float_weights.data() + from;
+      if (!empty)
+        w.w = s_.integer ? static_cast<const void*>(s_.depth_weights.data() + from) : s_.float_weights.data() + from;
     } else {
       const bool all = whole || n_.count_include_pad;
       w.scale = 1.0f / float(all ? rows * cols : w.rows * w.cols);
@@ -418,9 +429,11 @@ struct Engine::Impl {
 
   void Step(const PlanStep& step, Workspace& w, const void* input, int64_t batch, bool shared) {
     const Node& node = network->nodes[size_t(step.node)];
-    const int64_t rows = step.batch_is_row ? (batch + RowRunner::Piece(step) - 1) / RowRunner::Piece(step) : batch * step.shape.height;
+    const int64_t rows =
+        step.batch_is_row ? (batch + RowRunner::Piece(step) - 1) / RowRunner::Piece(step) : batch * step.shape.height;
     const auto body = [&](int thread, int64_t first, int64_t last) {
-      RowRunner(plan, step, node, kernels, w.values.data(), batch, input, w.scratch[size_t(thread)].data()).Rows(first, last);
+      RowRunner(plan, step, node, kernels, w.values.data(), batch, input, w.scratch[size_t(thread)].data())
+          .Rows(first, last);
     };
     if (!shared || step.nanoseconds * double(batch) < worth_threads) return body(0, 0, rows);
     pool->Run(rows, std::max<int64_t>(1, rows / (threads * 4)), body);
@@ -442,7 +455,8 @@ struct Engine::Impl {
 Engine::Engine(const Builder& builder, const Options& options) : impl_(std::make_unique<Impl>()) {
   const int cores = int(std::max(1u, std::thread::hardware_concurrency()));
   if (options.threads < 1 || options.threads > cores) {
-    throw std::invalid_argument("threads must be 1.." + std::to_string(cores) + " on this CPU, got " + std::to_string(options.threads));
+    throw std::invalid_argument("threads must be 1.." + std::to_string(cores) + " on this CPU, got " +
+                                std::to_string(options.threads));
   }
   const FloatMode mode;
   impl_->network = std::make_shared<Network>(*builder.network_);
@@ -466,7 +480,8 @@ int64_t Engine::workspace_bytes(int64_t batch) const {
   return impl_->plan.workspace * batch + impl_->plan.scratch * impl_->threads;
 }
 
-void Engine::Run(const void* input, int64_t batch, void* output, const Trace* trace, std::vector<double>* seconds) const {
+void Engine::Run(const void* input, int64_t batch, void* output, const Trace* trace,
+                 std::vector<double>* seconds) const {
   if (batch < 1) throw std::invalid_argument("the batch is empty");
   Impl& impl = *impl_;
   std::unique_lock<std::mutex> lock(impl.pool_mutex, std::defer_lock);
@@ -483,7 +498,8 @@ void Engine::Run(const void* input, int64_t batch, void* output, const Trace* tr
   }
   const Buffer& out = impl.plan.buffers[size_t(impl.plan.output)];
   const char* from = w->values.data() + out.offset * batch;
-  for (int64_t i = 0; i < batch; ++i) Unload(out, from + i * out.image_bytes(), static_cast<char*>(output) + i * DenseBytes(out));
+  for (int64_t i = 0; i < batch; ++i)
+    Unload(out, from + i * out.image_bytes(), static_cast<char*>(output) + i * DenseBytes(out));
   impl.Return(std::move(w));
 }
 

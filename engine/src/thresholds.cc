@@ -8,7 +8,8 @@
 namespace lowbit {
 namespace {
 
-// One channel's float steps at one accumulator: the very expression the epilogue computes. `finite` turns false where a value overflows.
+// One channel's float steps at one accumulator: the very expression the epilogue computes. `finite` turns false where a
+// value overflows.
 float Evaluate(const std::vector<EpilogueStep>& steps, size_t channel, int32_t acc, bool& finite) {
   float v = float(acc);
   for (const EpilogueStep& s : steps) {
@@ -28,13 +29,15 @@ float Evaluate(const std::vector<EpilogueStep>& steps, size_t channel, int32_t a
 
 }  // namespace
 
-// Why a bisection is exact. Every allowed step is monotone as a function on float32, because rounding to nearest is: int32 -> float32, times
-// a constant (rising for a positive factor, falling for a negative one, constant zero for 0), plus a constant, prelu with slope >= 0,
-// relu, clip, rounding to float16. A chain of them is monotone, so the bit !(v < 0) changes at most once over low..high, and comparing
-// the bits at both ends says in which direction; bisecting the very expression finds the first accumulator with the new bit. -b/a would
-// round differently. Values in between stay between those at the ends step by step, so ends that are finite prove that no infinity
-// (which times 0 would give NaN) arises anywhere. A prelu with a negative slope is not monotone: nothing is returned.
-std::optional<Threshold> FindThreshold(const std::vector<EpilogueStep>& steps, size_t channel, int32_t low, int32_t high) {
+// Why a bisection is exact. Every allowed step is monotone as a function on float32, because rounding to nearest is:
+// int32 -> float32, times a constant (rising for a positive factor, falling for a negative one, constant zero for 0),
+// plus a constant, prelu with slope >= 0, relu, clip, rounding to float16. A chain of them is monotone, so the bit !(v
+// < 0) changes at most once over low..high, and comparing the bits at both ends says in which direction; bisecting the
+// very expression finds the first accumulator with the new bit. -b/a would round differently. Values in between stay
+// between those at the ends step by step, so ends that are finite prove that no infinity (which times 0 would give NaN)
+// arises anywhere. A prelu with a negative slope is not monotone: nothing is returned.
+std::optional<Threshold> FindThreshold(const std::vector<EpilogueStep>& steps, size_t channel, int32_t low,
+                                       int32_t high) {
   for (const EpilogueStep& s : steps) {
     switch (s.step) {
       case Step::kPrelu:

@@ -83,7 +83,8 @@ class Builder {
   Value Clip(const std::string& name, Value x, float low, float high);
   Value Cast(const std::string& name, Value x, Dtype dtype);
   Value MaxPool(const std::string& name, Value x, std::array<int, 2> kernel, const Geometry& geometry);
-  Value AvgPool(const std::string& name, Value x, std::array<int, 2> kernel, const Geometry& geometry, bool count_include_pad);
+  Value AvgPool(const std::string& name, Value x, std::array<int, 2> kernel, const Geometry& geometry,
+                bool count_include_pad);
   Value GlobalAvgPool(const std::string& name, Value x);
   Value PixelShuffle(const std::string& name, Value x, int factor);
   Value Concat(const std::string& name, const std::vector<Value>& inputs);
@@ -99,14 +100,14 @@ class Builder {
 
 // One fused step of a plan.
 struct StepInfo {
-  std::string name;                // the last node it computes
-  std::string kernel;              // bit_conv, int_gemm, float_gemm, depthwise, pool, copy, ...
-  std::string isa;                 // the row whose kernel runs
-  std::vector<std::string> nodes;  // every node it covers
-  std::vector<std::string> values; // the values it stores
-  int64_t macs = 0;                // per image
-  int64_t weight_bytes = 0;        // packed, as the engine holds them
-  int64_t bytes = 0;               // activations written, per image
+  std::string name;                 // the last node it computes
+  std::string kernel;               // bit_conv, int_gemm, float_gemm, depthwise, pool, copy, ...
+  std::string isa;                  // the row whose kernel runs
+  std::vector<std::string> nodes;   // every node it covers
+  std::vector<std::string> values;  // the values it stores
+  int64_t macs = 0;                 // per image
+  int64_t weight_bytes = 0;         // packed, as the engine holds them
+  int64_t bytes = 0;                // activations written, per image
 };
 
 struct Options {
@@ -114,12 +115,12 @@ struct Options {
   std::string isa = {};  // empty: the best this CPU has
 };
 
-// Called with every stored value while running: its name, its type, the first element and the bytes from one image to the next.
-// Codes come as int16, all NHWC and dense.
+// Called with every stored value while running: its name, its type, the first element and the bytes from one image to
+// the next. Codes come as int16, all NHWC and dense.
 using Trace = std::function<void(const std::string& name, const ValueType& type, const void* data)>;
 
-// Safe to use from several threads at once: with threads = 1 runs go on side by side, each in its own workspace; with more, the
-// engine's pool serves one run after the other.
+// Safe to use from several threads at once: with threads = 1 runs go on side by side, each in its own workspace; with
+// more, the engine's pool serves one run after the other.
 class Engine {
  public:
   Engine(const Builder& builder, const Options& options);
@@ -133,11 +134,13 @@ class Engine {
   const std::vector<StepInfo>& plan() const;
   int64_t workspace_bytes(int64_t batch) const;
 
-  // `input`: batch dense NHWC images, uint8 or float32. `output`: room for batch dense NHWC results. `trace` and `seconds` (one entry a
-  // step, added to) may be null. Throws std::invalid_argument for batch < 1.
-  void Run(const void* input, int64_t batch, void* output, const Trace* trace = nullptr, std::vector<double>* seconds = nullptr) const;
+  // `input`: batch dense NHWC images, uint8 or float32. `output`: room for batch dense NHWC results. `trace` and
+  // `seconds` (one entry a step, added to) may be null. Throws std::invalid_argument for batch < 1.
+  void Run(const void* input, int64_t batch, void* output, const Trace* trace = nullptr,
+           std::vector<double>* seconds = nullptr) const;
 
-  // For tests only: moves every integer threshold, so that a comparison can be seen to fail. Returns how many there were.
+  // For tests only: moves every integer threshold, so that a comparison can be seen to fail. Returns how many there
+  // were.
   int64_t DebugNudgeThresholds(int delta);
 
   // For tests only: shares every step among the threads, however small it is.

@@ -1,9 +1,10 @@
 // What a kernel is: the one contract every ISA row fulfils.
 //
-// All kernels work on vectors of 16 channels ("blocks"), so that a plan and its packed constants do not depend on the ISA. Sizes of
-// a vector load or store may reach past the last channel up to the end of its block; every buffer has slack for that.
-// Float arithmetic: each multiply and each add is rounded to float32 on its own, nearest-even, in the order written here.
-// No kernel saturates or overflows: the builder has proved that the real weights keep every int32 sum inside its range.
+// All kernels work on vectors of 16 channels ("blocks"), so that a plan and its packed constants do not depend on the
+// ISA. A vector load or store may reach past the last channel up to the end of its block; every buffer has slack for
+// that. Float arithmetic: each multiply and each add is rounded to float32 on its own, nearest-even, in the
+// order written here. No kernel saturates or overflows: the builder has proved that the real weights keep every int32
+// sum inside its range.
 #pragma once
 
 #include <cstddef>
@@ -23,9 +24,9 @@ enum class Rep : uint8_t {
   kF16,
 };
 
-// --- 1-bit x 1-bit convolution of one run of output pixels of one row ------------------------------------------------------------
-// acc = base[pixel][filter] - 2 * popcount(activation xor weight), summed over all taps; padded taps hold 0 bits and `base` has
-// them corrected. Weights are [tap word][block][16 filters].
+// --- 1-bit x 1-bit convolution of one run of output pixels of one row ---
+// acc = base[pixel][filter] - 2 * popcount(activation xor weight), summed over all taps; padded taps hold 0 bits and
+// `base` has them corrected. Weights are [tap word][block][16 filters].
 struct BitConv {
   const uint32_t* a;      // the first pixel's first tap
   const ptrdiff_t* taps;  // where each tap word lies from there, in words
@@ -45,9 +46,10 @@ struct BitConv {
   ptrdiff_t bits_step;  // in words
 };
 
-// --- matrix product: out[pixel][block * 16 + lane] = sum over k of a[pixel][k] * w[block][k][lane] -------------------------------
+// --- matrix product: out[pixel][block * 16 + lane] = sum over k of a[pixel][k] * w[block][k][lane] ---
 // int_gemm: a is int16, k runs over pairs, w is int16 [block][pair][16][2], out is int32.
-// float_gemm: a, w [block][k][16] and out are float32; strictly sequential over k from +0, product rounded, then sum rounded.
+// float_gemm: a, w [block][k][16] and out are float32; strictly sequential over k from +0, product rounded, then sum
+// rounded.
 struct Gemm {
   const void* a;
   ptrdiff_t a_step;  // elements from pixel to pixel
@@ -60,9 +62,9 @@ struct Gemm {
   ptrdiff_t out_step;  // elements from pixel to pixel
 };
 
-// --- im2col: copies the patches under `pixels` output positions of one row, order (kernel row, kernel column, channel) -----------
-// Source kS16 -> int16 or float32; kF32, kF16 -> float32. Padded positions become 0. `dst_step` >= rows * cols * channels; elements between
-// that and `fill` are set to 0.
+// --- im2col: the patches under `pixels` output positions of one row, in the order (kernel row, kernel column, channel)
+// --- Source kS16 -> int16 or float32; kF32, kF16 -> float32. Padded positions become 0. `dst_step` >= rows * cols *
+// channels; elements between that and `fill` are set to 0.
 struct Patches {
   const void* src;  // channel 0 of the group at (0, 0)
   Rep rep;
@@ -78,9 +80,10 @@ struct Patches {
   int fill;
 };
 
-// --- a window of input positions under one output position, lanes = channels ------------------------------------------------------
-// depthwise: sum of value * weight, row-major from 0. kS16 sources with `integer` give int32 (weights int32), all others float32.
-// sum_pool: row-major float32 sum from +0, times `scale`. max_pool: best = x > best ? x : best, row-major from the first.
+// --- a window of input positions under one output position, lanes = channels ---
+// depthwise: sum of value * weight, row-major from 0. kS16 sources with `integer` give int32 (weights int32), all
+// others float32. sum_pool: row-major float32 sum from +0, times `scale`. max_pool: best = x > best ? x : best,
+// row-major from the first.
 struct Window {
   const void* src;
   Rep rep;  // kS16, kF32, kF16
@@ -94,18 +97,18 @@ struct Window {
   void* out;  // int32 or float32, blocks * 16
 };
 
-// --- epilogue: the ordered float32 steps behind a producer, and where their results go --------------------------------------------
+// --- epilogue: the ordered float32 steps behind a producer, and where their results go ---
 enum class Step : uint8_t {
-  kMul,        // v = v * constant
-  kAdd,        // v = v + constant
-  kAddF32,     // v = v + stored float32
-  kAddF16,     // v = v + stored float16
-  kPrelu,      // v = v < 0 ? v * constant : v
-  kRelu,       // v = v > 0 ? v : +0
-  kClip,       // v = v < low ? low : (v > high ? high : v)
-  kRoundHalf,  // v = float16(v)
+  kMul,            // v = v * constant
+  kAdd,            // v = v + constant
+  kAddF32,         // v = v + stored float32
+  kAddF16,         // v = v + stored float16
+  kPrelu,          // v = v < 0 ? v * constant : v
+  kRelu,           // v = v > 0 ? v : +0
+  kClip,           // v = v < low ? low : (v > high ? high : v)
+  kRoundHalf,      // v = float16(v)
   kRoundStoreF16,  // kRoundHalf, then kStoreF16
-  kStoreI32,   // only first, only from an int32 source
+  kStoreI32,       // only first, only from an int32 source
   kStoreF32,
   kStoreF16,
   kStoreS16,   // v is an integer
@@ -132,10 +135,10 @@ struct Epilogue {
   Rep rep;             // kS16, kI32, kF32, kF16
   ptrdiff_t src_step;  // elements from pixel to pixel
   int pixels;
-  int src_block;           // block 0 of `src` is this block of the channels
+  int src_block;            // block 0 of `src` is this block of the channels
   int first_block, blocks;  // which blocks of the channels to do
-  int channels;            // of the whole value: bits beyond them are written 0
-  void* const* slots;      // channel 0 of the first pixel
+  int channels;             // of the whole value: bits beyond them are written 0
+  void* const* slots;       // channel 0 of the first pixel
 };
 
 struct Kernels {

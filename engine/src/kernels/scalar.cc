@@ -109,7 +109,9 @@ inline uint32_t AtMost(const I& a, const I& b) {  // a <= b
   for (int i = 0; i < kLanes; ++i) mask |= uint32_t(a.v[i] <= b.v[i]) << i;
   return mask;
 }
-inline uint32_t AtMost2(const I& a, const I& a_limit, const I& b, const I& b_limit) { return AtMost(a, a_limit) | AtMost(b, b_limit) << 16; }
+inline uint32_t AtMost2(const I& a, const I& a_limit, const I& b, const I& b_limit) {
+  return AtMost(a, a_limit) | AtMost(b, b_limit) << 16;
+}
 inline F ToFloat(const I& x) {
   return Each([&](int i) { return float(x.v[i]); });
 }

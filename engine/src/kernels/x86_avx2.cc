@@ -34,7 +34,9 @@ inline void StoreF(float* p, F x) {
   _mm256_storeu_ps(p, x.a);
   _mm256_storeu_ps(p + 8, x.b);
 }
-inline I LoadS16I(const int16_t* p) { return {_mm256_cvtepi16_epi32(Load128(p)), _mm256_cvtepi16_epi32(Load128(p + 8))}; }
+inline I LoadS16I(const int16_t* p) {
+  return {_mm256_cvtepi16_epi32(Load128(p)), _mm256_cvtepi16_epi32(Load128(p + 8))};
+}
 inline F ToFloat(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 inline F LoadS16(const int16_t* p) { return ToFloat(LoadS16I(p)); }
 inline F LoadHalf(const uint16_t* p) { return {_mm256_cvtph_ps(Load128(p)), _mm256_cvtph_ps(Load128(p + 8))}; }
@@ -43,7 +45,8 @@ inline void StoreHalf(uint16_t* p, F x) {
   Store128(p + 8, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
 }
 inline F RoundStoreHalf(uint16_t* p, F x) {
-  const __m128i a = _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT), b = _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT);
+  const __m128i a = _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT),
+                b = _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT);
   Store128(p, a);
   Store128(p + 8, b);
   return {_mm256_cvtph_ps(a), _mm256_cvtph_ps(b)};
@@ -78,7 +81,9 @@ inline I MulI(I a, I b) { return {_mm256_mullo_epi32(a.a, b.a), _mm256_mullo_epi
 inline I MinusTwice(I a, I b) {
   return {_mm256_sub_epi32(a.a, _mm256_slli_epi32(b.a, 1)), _mm256_sub_epi32(a.b, _mm256_slli_epi32(b.b, 1))};
 }
-inline uint32_t Above8(__m256i a, __m256i b) { return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b)))); }
+inline uint32_t Above8(__m256i a, __m256i b) {
+  return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b))));
+}
 inline uint32_t AtMost(I a, I b) { return (Above8(a.a, b.a) | Above8(a.b, b.b) << 8) ^ 0xffff; }
 inline uint32_t AtMost2(I a, I a_limit, I b, I b_limit) { return AtMost(a, a_limit) | AtMost(b, b_limit) << 16; }
 inline Pairs LoadPairs(const int16_t* p) { return {Load256(p), Load256(p + 16)}; }
@@ -87,7 +92,8 @@ inline I Dot(I sum, int32_t pair, Pairs w) {
   return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(x, w.a)), _mm256_add_epi32(sum.b, _mm256_madd_epi16(x, w.b))};
 }
 
-// Bits are counted by bytes (two table look-ups, one a nibble); a byte holds 31 words' worth, then the bytes of each lane are added up.
+// Bits are counted by bytes (two table look-ups, one a nibble); a byte holds 31 words' worth, then the bytes of each
+// lane are added up.
 struct BitCount {
   using Weights = I;
   static constexpr int kFlush = 31;
@@ -95,7 +101,8 @@ struct BitCount {
   void Clear() { bytes = sum = ZeroI(); }
   static Weights Load(const uint32_t* p) { return {Load256(p), Load256(p + 8)}; }
   static __m256i Count(__m256i x) {
-    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2,
+                                           2, 3, 2, 3, 3, 4);
     const __m256i low = _mm256_set1_epi8(15);
     const __m256i a = _mm256_shuffle_epi8(table, _mm256_and_si256(x, low));
     const __m256i b = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi32(x, 4), low));
@@ -107,7 +114,9 @@ struct BitCount {
     bytes.b = _mm256_add_epi8(bytes.b, Count(_mm256_xor_si256(x, w.b)));
   }
   // maddubs cannot saturate: 2 * 255 is far below 32767.
-  static __m256i Lanes(__m256i x) { return _mm256_madd_epi16(_mm256_maddubs_epi16(x, _mm256_set1_epi8(1)), _mm256_set1_epi16(1)); }
+  static __m256i Lanes(__m256i x) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(x, _mm256_set1_epi8(1)), _mm256_set1_epi16(1));
+  }
   void Flush() {
     sum = AddI(sum, {Lanes(bytes.a), Lanes(bytes.b)});
     bytes = ZeroI();

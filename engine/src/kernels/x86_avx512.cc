@@ -30,7 +30,9 @@ inline void StoreF(float* p, F x) { _mm512_storeu_ps(p, x); }
 inline F LoadS16(const int16_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
-inline F LoadHalf(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline F LoadHalf(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 inline void StoreHalf(uint16_t* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
@@ -48,13 +50,17 @@ inline F Add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F MaxKeep(F a, F b) { return _mm512_max_ps(a, b); }  // a > b ? a : b
 inline F MinKeep(F a, F b) { return _mm512_min_ps(a, b); }  // a < b ? a : b
 inline uint32_t Negative(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ); }
-inline F Prelu(F x, F slope) { return _mm512_mask_mul_ps(x, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), x, slope); }
+inline F Prelu(F x, F slope) {
+  return _mm512_mask_mul_ps(x, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), x, slope);
+}
 inline F Sign(F x) { return _mm512_mask_blend_ps(__mmask16(Negative(x)), _mm512_set1_ps(1), _mm512_set1_ps(-1)); }
 
 inline I ZeroI() { return _mm512_setzero_si512(); }
 inline I LoadI(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline void StoreI(int32_t* p, I x) { _mm512_storeu_si512(p, x); }
-inline I LoadS16I(const int16_t* p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline I LoadS16I(const int16_t* p) {
+  return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 inline I AddI(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I MulI(I a, I b) { return _mm512_mullo_epi32(a, b); }
 inline I MinusTwice(I a, I b) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, 1)); }
