@@ -115,8 +115,8 @@ struct Options {
   std::string isa = {};  // empty: the best this CPU has
 };
 
-// Called with every stored value while running: its name, its type, the first element and the bytes from one image to
-// the next. Codes come as int16, all NHWC and dense.
+// Called with every value the plan stores, right after the step that does: its name, its type and all images of the
+// batch, dense NHWC; codes as int16. A value stored in two forms comes twice.
 using Trace = std::function<void(const std::string& name, const ValueType& type, const void* data)>;
 
 // Safe to use from several threads at once: with threads = 1 runs go on side by side, each in its own workspace; with
@@ -134,7 +134,7 @@ class Engine {
   const std::vector<StepInfo>& plan() const;
   int64_t workspace_bytes(int64_t batch) const;
 
-  // `input`: batch dense NHWC images, uint8 or float32. `output`: room for batch dense NHWC results. `trace` and
+  // `input`: batch dense NHWC images, uint8 or finite float32. `output`: room for batch dense NHWC results. `trace` and
   // `seconds` (one entry a step, added to) may be null. Throws std::invalid_argument for batch < 1.
   void Run(const void* input, int64_t batch, void* output, const Trace* trace = nullptr,
            std::vector<double>* seconds = nullptr) const;
