@@ -153,6 +153,9 @@ def train(
     except (KeyboardInterrupt, SystemExit):
         err.print(f"interrupted; go on with: [bold]lowbit train {escape(str(place))} --resume[/]", soft_wrap=True)
         raise typer.Exit(130) from None
+    except OSError as error:
+        error.filename = error.filename or place  # a full disk says nothing of where
+        raise
     table = _facts(f"{loaded.name}: {result.run['epochs_done']} epochs in {result.run['wall_seconds']:.0f} s")
     for part in ("validation", "test"):
         found = result.results[part]
