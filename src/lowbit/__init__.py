@@ -32,7 +32,19 @@ _HOME = {
     "save": "lowbit.packfile",
 }
 
-__all__ = ["Codes", "Engine", "FileError", "Graph", "GraphError", "Node", "Tensor", "__version__", "load", "read", "save"]
+__all__ = [
+    "Codes",
+    "Engine",
+    "FileError",
+    "Graph",
+    "GraphError",
+    "Node",
+    "Tensor",
+    "__version__",
+    "load",
+    "read",
+    "save",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -64,14 +64,19 @@ class PixelInput(ActivationQuantizer):
         return self._scale
 
     def fake(self, x: Tensor) -> Tensor:
-        return self.encode(x) * self._scale
+        self._check(x)
+        assert self.zero_point is not None
+        return (x.float() - self.zero_point.view(-1, *[1] * (x.ndim - 2))) * self._scale
 
     def encode(self, x: Tensor) -> Tensor:
+        self._check(x)
+        return super().encode(x)
+
+    def _check(self, x: Tensor) -> None:
         if x.shape[1] != len(self.pixels.zero_point):
             raise ValueError(
                 f"images have {x.shape[1]} channels, but there are zero points for {len(self.pixels.zero_point)}"
             )
-        return super().encode(x)
 
     def extra_repr(self) -> str:
         return f"zero_point={self.pixels.zero_point}, scale={self.pixels.scale:.6g}"
@@ -182,6 +187,9 @@ class QuantConv2d(QuantLayer):
             )
             return y
         x, weight = self._fake(x)
+        if weight.shape == self.weight.shape and weight.stride() != self.weight.stride():
+            # with one input channel the two memory formats look alike, and arithmetic falls back to the slower one
+            weight = torch.empty_like(self.weight, dtype=weight.dtype).copy_(weight)
         return _conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
     def _input_limit(self) -> int:

@@ -20,6 +20,7 @@ class DoReFaActivation(ActivationQuantizer):
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
+        self._code_type = Codes("unsigned", bits)
         levels = 2**bits - 1
         self.register_buffer("_scale", torch.tensor(1 / levels, dtype=torch.float32), persistent=False)
         self.register_buffer("_reciprocal", torch.tensor(float(levels)), persistent=False)
@@ -29,7 +30,7 @@ class DoReFaActivation(ActivationQuantizer):
 
     @property
     def code_type(self) -> Codes:
-        return Codes("unsigned", self.bits)
+        return self._code_type
 
     @property
     def scale(self) -> Tensor:

@@ -17,6 +17,7 @@ from lowbit.train.quantizers.base import (
 )
 
 _TINY = 1e-8
+_CODES = Codes("signed", 8)
 
 
 @WEIGHTS.register("int8")
@@ -30,7 +31,7 @@ class Int8(WeightQuantizer):
 
     @property
     def code_type(self) -> Codes:
-        return Codes("signed", 8)
+        return _CODES
 
     def _scale(self, latent: Tensor) -> Tensor:
         return torch.clamp(latent.detach().float().flatten(1).abs().amax(dim=1), min=_TINY) / 127
@@ -68,7 +69,7 @@ class Int8Activation(ActivationQuantizer):
 
     @property
     def code_type(self) -> Codes:
-        return Codes("signed", 8)
+        return _CODES
 
     @property
     def _range(self) -> Tensor:

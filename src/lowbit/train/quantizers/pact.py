@@ -41,13 +41,14 @@ class PACT(ActivationQuantizer):
 
     def __init__(self, bits: int, alpha: float = 4.0) -> None:
         super().__init__(bits)
+        self._code_type = Codes("unsigned", bits)
         if not alpha > 0:
             raise ValueError(f"alpha must be positive, not {alpha!r}")
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
 
     @property
     def code_type(self) -> Codes:
-        return Codes("unsigned", self.bits)
+        return self._code_type
 
     @property
     def _positive(self) -> Tensor:

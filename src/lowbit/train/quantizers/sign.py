@@ -15,6 +15,9 @@ from lowbit.bits import Codes
 from lowbit.train.quantizers.base import ACTIVATIONS, WEIGHTS, ActivationQuantizer, Encoded, WeightQuantizer, sign
 
 
+_CODES = Codes("bipolar", 1)
+
+
 class _SignIdentity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:  # noqa: ARG004
@@ -64,7 +67,7 @@ class SignSTE(WeightQuantizer):
 
     @property
     def code_type(self) -> Codes:
-        return Codes("bipolar", 1)
+        return _CODES
 
     def fake(self, latent: Tensor) -> Tensor:
         out: Tensor = _SignIdentity.apply(latent)  # type: ignore[no-untyped-call]
@@ -96,7 +99,7 @@ class SignActivation(ActivationQuantizer):
 
     @property
     def code_type(self) -> Codes:
-        return Codes("bipolar", 1)
+        return _CODES
 
     @property
     def scale(self) -> Tensor:

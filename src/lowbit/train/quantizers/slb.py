@@ -6,6 +6,7 @@ Every weight is a distribution over a few values; a temperature sharpens it duri
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,25 @@ from lowbit.bits import Codes
 from lowbit.train.quantizers.base import WEIGHTS, Encoded, WeightQuantizer
 
 _HALF_SQRT2 = math.sqrt(0.5)
+
+
+class _Expectation(torch.autograd.Function):
+    """tanh(z) = 2 sigmoid(2 z) - 1 with z = b * slope: the mean of -1 and +1 under the distribution (1 - p, p), p = sigmoid(2 z).
+
+    torch's tanh takes nine times as long as its sigmoid on CPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, b: Tensor, slope: Tensor) -> Tensor:
+        p = torch.sigmoid_(b * (slope + slope))
+        w = p.add_(p).sub_(1.0)
+        ctx.save_for_backward(w, slope)
+        return w
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        w, slope = ctx.saved_tensors
+        return torch.ops.aten.tanh_backward(grad, w).mul_(slope), None
 
 
 @WEIGHTS.register("slb")
@@ -81,7 +101,8 @@ class SLB(WeightQuantizer):
     def fake(self, latent: Tensor) -> Tensor:
         latent = latent.float()
         if self.bits == 1:
-            return torch.tanh(latent * (self.temperature * _HALF_SQRT2))
+            out: Tensor = _Expectation.apply(latent, self.temperature * _HALF_SQRT2)  # type: ignore[no-untyped-call]
+            return out
         probabilities = torch.softmax(latent * self.temperature, dim=0)
         values = self._codes * self._scale if self.values is None else self.values
         return torch.tensordot(values, probabilities, dims=1)
