@@ -14,7 +14,6 @@ from torch import Tensor
 from lowbit.bits import Codes
 from lowbit.train.quantizers.base import ACTIVATIONS, WEIGHTS, ActivationQuantizer, Encoded, WeightQuantizer, sign
 
-
 _CODES = Codes("bipolar", 1)
 
 
