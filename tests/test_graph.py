@@ -67,6 +67,7 @@ def test_float_sides_make_float_products() -> None:
         (chain(Node("relu", "r"), Node("relu", "s", ("in",))), "r .relu.: its value is used by no node"),
         (chain(Node("output", "o"), Node("relu", "r")), "o: a Graph has one input and one output"),
         (chain(Node("relu", "r"), tensors={"x": constant(1)}), "the constant 'x' is used by no node"),
+        (chain(shape=(65536, 65536, 1)), "has 2.31 elements or more"),
         (chain(shape=(0, 4, 4)), "in .input.: a side is 1"),
         (chain(dtype="int8"), "dtype is uint8 or float32"),
         (chain(dtype="uint8", zero_point=(1, 2)), "zero_point must be 4 integers"),

@@ -476,6 +476,8 @@ def _infer(graph: Graph) -> dict[str, ValueType]:
         if node.op in ("input", "output") and node not in (graph.input, graph.output):
             raise GraphError(f"{node.name}: a Graph has one input and one output")
         value = rule(_Context(graph, node, tuple(types[name] for name in node.inputs)))
+        if math.prod(value.shape) >= INT32_LIMIT:
+            raise GraphError(f"{node.name} ({node.op}): {value} has 2^31 elements or more")
         types[node.name] = value
     _check_tensors(graph)
     used = set(_edges(graph))
