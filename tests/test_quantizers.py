@@ -133,6 +133,21 @@ def test_slb_gradient_is_the_papers(bits: int, temperature: float) -> None:
     torch.testing.assert_close(logits.grad, expected.float(), rtol=1e-3, atol=1e-5 * upstream.abs().max().item())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 37.0])
+def test_one_bit_slb_is_tanh_with_its_gradient(temperature: float) -> None:
+    q = SLB(1)
+    q.temperature.fill_(temperature)
+    b = numbers(6, 5).requires_grad_()
+    upstream = numbers(6, 5)
+    w = q.fake(b)
+    (w * upstream).sum().backward()
+    exact = b.detach().double().requires_grad_()
+    expected = torch.tanh(exact * temperature / math.sqrt(2))
+    (expected * upstream).sum().backward()
+    torch.testing.assert_close(w.double(), expected, rtol=0, atol=3e-7)
+    torch.testing.assert_close(b.grad.double(), exact.grad, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(("temperature", "lr"), [(1.0, 0.1), (50.0, 0.001)])
 def test_one_logit_moves_as_two_under_sgd(temperature: float, lr: float) -> None:
     """b = (A2 - A1) / sqrt 2 with the same learning rate, momentum and weight decay."""
