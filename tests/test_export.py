@@ -107,7 +107,14 @@ if "noise" not in DATASETS:
             return images(seed, count), torch.arange(count) % 4
 
         return ImageData(
-            "noise", tuple("abcd"), (1, 12, 12), (128,), 1 / 74, lambda: read(1, 700), lambda: read(2, 100), validation=600
+            "noise",
+            tuple("abcd"),
+            (1, 12, 12),
+            (128,),
+            1 / 74,
+            lambda: read(1, 700),
+            lambda: read(2, 100),
+            validation=600,
         )
 
 
