@@ -148,11 +148,15 @@ def test_pinning_is_taken_back() -> None:
         pass
 
 
-def test_bits_to_bits_is_one_step() -> None:
-    engine = load(bench.conv_graph(channels=32, side=6))
+def test_a_layer_is_one_step() -> None:
+    engine = load(bench.conv_graph(bench.Layer(32, 48, 6, stride=2)))
     (step,) = [s for s in engine.plan if "conv1" in s["nodes"]]
     assert list(step["nodes"]) == ["conv1", "mul1", "add1", "sign1"]
     assert list(step["values"]) == ["sign1"]
+    engine = load(bench.conv_graph(bench.Layer(32, 32, 6, residual=True)))
+    (step,) = [s for s in engine.plan if "conv1" in s["nodes"]]
+    assert set(step["nodes"]) == {"conv1", "mul1", "add1", "sum1", "stream1", "sign1"}
+    assert set(step["values"]) == {"stream1", "sign1"}
 
 
 def test_a_file(tmp_path: Path) -> None:
@@ -183,6 +187,7 @@ def test_the_measurements_that_have_goals(tmp_path: Path, capsys: pytest.Capture
     assert "64 channels" in shown
     assert "training step" in shown
     found = json.loads((tmp_path / "b.json").read_text())
-    assert found["conv"]["macs"] == 56 * 56 * 64 * 64 * 9
-    assert found["conv"]["ratio"] > 0
+    assert len(found["layers"]) == len(bench.LAYERS)
+    assert found["layers"][0]["macs"] == 56 * 56 * 64 * 64 * 9
+    assert all(row["ratio"] > 0 for row in found["layers"])
     assert found["training_step"]["slowdown"] > 0

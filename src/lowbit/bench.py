@@ -4,7 +4,7 @@ Every comparison alternates between the two, so that both see the same machine, 
 samples and of the ratios of neighbouring samples, and says so where the machine is too noisy to tell. Needs the extra
 ``lowbit[bench]``.
 
-``python -m lowbit.bench`` measures one binary convolution and one SLB training step.
+``python -m lowbit.bench`` measures binary layers and an SLB training step.
 """
 
 from __future__ import annotations
@@ -501,40 +501,81 @@ def _bench_layers(graph: Graph, engine: Engine, x: Array, threads: int, repeats:
     return rows
 
 
-def conv_graph(channels: int = 64, side: int = 56, seed: int = 0) -> Graph:
-    """Two W1A1 3x3 convolutions in a row with batch norm and sign behind each: the first one is bits in, bits out."""
+@dataclass(frozen=True)
+class Layer:
+    """A W1A1 3x3 layer with padding 1: bits in, bits out, and with `residual` a float16 stream in and out beside them."""
+
+    channels: int
+    filters: int
+    side: int
+    stride: int = 1
+    residual: bool = False
+
+    def __str__(self) -> str:
+        width = str(self.channels) if self.channels == self.filters else f"{self.channels} to {self.filters}"
+        stride = f", stride {self.stride}" if self.stride > 1 else ""
+        stream = ", float16 stream" if self.residual else ""
+        return f"W1A1 3x3, {width} channels, {self.side}x{self.side}{stride}{stream}"
+
+
+LAYERS: Final = (
+    Layer(64, 64, 56),
+    Layer(128, 128, 28),
+    Layer(256, 256, 14),
+    Layer(512, 512, 7),
+    Layer(64, 128, 56, stride=2),
+    Layer(16, 16, 32),
+    Layer(32, 32, 16),
+    Layer(64, 64, 8),
+    Layer(64, 64, 56, residual=True),
+    Layer(128, 128, 28, residual=True),
+    Layer(256, 256, 14, residual=True),
+    Layer(512, 512, 7, residual=True),
+)
+"""What `python -m lowbit.bench` times; the first one has a goal."""
+
+
+def conv_graph(layer: Layer, seed: int = 0) -> Graph:
+    """Two blocks in a row, convolution, batch norm (and residual sum) and sign; the first one is `layer`."""
     rng = np.random.default_rng(seed)
-    binary = Codes("bipolar", 1)
-    conv = {"stride": (1, 1), "dilation": (1, 1), "padding": (1, 1, 1, 1), "groups": 1}
     sign = {"kind": "bipolar", "bits": 1}
-    nodes = [
-        Node("input", "input", attrs={"shape": (side, side, channels), "dtype": "float32"}),
-        Node("quantize", "sign0", ("input",), attrs=sign),
-    ]
+    half = {"dtype": "float16"}
+    nodes = [Node("input", "input", attrs={"shape": (layer.side, layer.side, layer.channels), "dtype": "float32"})]
+    stream = "input"
+    if layer.residual:
+        nodes.append(Node("cast", "stream0", (stream,), attrs=half))
+        stream = "stream0"
+    nodes.append(Node("quantize", "sign0", (stream,), attrs=sign))
     tensors = {}
-    for i, source in ((1, "sign0"), (2, "sign1")):
+    for i, channels, stride in ((1, layer.channels, layer.stride), (2, layer.filters, 1)):
+        geometry = {"stride": (stride, stride), "dilation": (1, 1), "padding": (1, 1, 1, 1), "groups": 1}
         nodes += [
-            Node("conv2d", f"conv{i}", (source,), {"weight": f"weight{i}"}, conv),
+            Node("conv2d", f"conv{i}", (f"sign{i - 1}",), {"weight": f"weight{i}"}, geometry),
             Node("mul", f"mul{i}", (f"conv{i}",), {"factor": f"factor{i}"}),
             Node("add", f"add{i}", (f"mul{i}",), {"term": f"term{i}"}),
-            Node("quantize", f"sign{i}", (f"add{i}",), attrs=sign),
         ]
-        weight = rng.choice(np.array([-1, 1], np.int16), (channels, 3, 3, channels))
-        tensors[f"weight{i}"] = Tensor(weight, binary)
-        tensors[f"factor{i}"] = Tensor(rng.uniform(-0.1, 0.1, channels).astype(np.float32))
-        tensors[f"term{i}"] = Tensor(rng.standard_normal(channels).astype(np.float32))
+        value = f"add{i}"
+        if layer.residual:
+            nodes += [
+                Node("add", f"sum{i}", (value, f"stream{i - 1}")),
+                Node("cast", f"stream{i}", (f"sum{i}",), attrs=half),
+            ]
+            value = f"stream{i}"
+        nodes.append(Node("quantize", f"sign{i}", (value,), attrs=sign))
+        weight = rng.choice(np.array([-1, 1], np.int16), (layer.filters, 3, 3, channels))
+        tensors[f"weight{i}"] = Tensor(weight, Codes("bipolar", 1))
+        tensors[f"factor{i}"] = Tensor(rng.uniform(-0.1, 0.1, layer.filters).astype(np.float32))
+        tensors[f"term{i}"] = Tensor(rng.standard_normal(layer.filters).astype(np.float32))
     nodes.append(Node("output", "output", ("sign2",)))
     return Graph(tuple(nodes), tensors)
 
 
-def bench_conv(
-    channels: int = 64, side: int = 56, threads: int = 1, isa: str | None = None, repeats: int = 40
-) -> dict[str, Any]:
-    """One W1A1 3x3 convolution with batch norm and sign, bits to bits, beside ONNX Runtime's float32 with ReLU.
+def bench_conv(layer: Layer = LAYERS[0], threads: int = 1, isa: str | None = None, repeats: int = 40) -> dict[str, Any]:
+    """One layer with batch norm and sign beside ONNX Runtime's float32 convolution with bias and ReLU.
 
     The engine's time is that of the one fused step. Returns plain JSON, as `bench_file` does.
     """
-    graph = conv_graph(channels, side)
+    graph = conv_graph(layer)
     types = graph.validate()
     node = next(n for n in graph.nodes if n.name == "conv1")
     with pinned(threads):
@@ -550,14 +591,14 @@ def bench_conv(
     found = Comparison.of(ours_seconds, theirs_seconds)
     count = macs(graph, node, types)
     return {
-        "layer": f"W1A1 3x3, {channels} channels, {side}x{side}",
+        "layer": str(layer),
         "macs": count,
         "gmacs_per_second": count / found.ours.median / 1e9,
         "kernel": step["kernel"],
         "isa": step["isa"],
         "threads": threads,
         **asdict(found),
-        "warnings": found.warnings("convolution"),
+        "warnings": found.warnings(str(layer)),
     }
 
 
@@ -682,41 +723,29 @@ def layers_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def _goal_table(conv: dict[str, Any], step: dict[str, Any] | None) -> Table:
+def _conv_table(rows: Sequence[dict[str, Any]]) -> Table:
     from rich.table import Table
 
-    table = Table(
-        title=f"{machine()['processor']}, {conv['threads']} thread{'s'[: conv['threads'] > 1]}", title_justify="left"
-    )
-    table.add_column("")
-    for heading in ("lowbit", "float32", "", "goal"):
+    first = rows[0]
+    threads = f"{first['threads']} thread{'s'[: first['threads'] > 1]}"
+    table = Table(title=f"{machine()['processor']}, {threads}, {first['isa']}", title_justify="left")
+    table.add_column("layer")
+    for heading in ("lowbit µs", "GMAC/s", "ORT fp32 µs", "times faster", "p10 .. p90"):
         table.add_column(heading, justify="right")
-
-    def add(name: str, found: dict[str, Any], result: str, spread: tuple[float, float], goal: str, good: bool) -> None:
-        times = [f"{digits(1e3 * found[side]['median'])} ms" for side in ("ours", "theirs")]
-        verdict = "[green]reached[/]" if good else "[red]missed[/]"
+    for row in rows:
         table.add_row(
-            name, *times, f"[bold]{result}[/]\n[dim]{spread[0]:.2f} .. {spread[1]:.2f}[/]", f"{goal}\n{verdict}"
-        )
-
-    add(
-        f"{conv['layer']}\n[dim]{conv['kernel']} {conv['isa']}, {conv['gmacs_per_second']:,.0f} GMAC/s[/]",
-        conv,
-        f"{conv['ratio']:.1f}x faster",
-        (conv["p10"], conv["p90"]),
-        f">= {CONV_GOAL:g}",
-        conv["ratio"] >= CONV_GOAL,
-    )
-    if step is not None:
-        add(
-            f"SLB W1A1 training step\n[dim]{step['step']}[/]",
-            step,
-            f"{step['slowdown']:.2f}x the time",
-            (1 / step["p90"], 1 / step["p10"]),
-            f"<= {STEP_GOAL:g}",
-            step["slowdown"] <= STEP_GOAL,
+            row["layer"],
+            digits(1e6 * row["ours"]["median"]),
+            f"{row['gmacs_per_second']:,.0f}",
+            digits(1e6 * row["theirs"]["median"]),
+            f"[bold]{row['ratio']:.1f}[/]",
+            f"{row['p10']:.1f} .. {row['p90']:.1f}",
         )
     return table
+
+
+def _verdict(what: str, good: bool) -> str:
+    return f"{what}: {'[green]reached[/]' if good else '[red]missed[/]'}"
 
 
 def write_result(path: str | os.PathLike[str], result: dict[str, Any]) -> None:
@@ -725,7 +754,7 @@ def write_result(path: str | os.PathLike[str], result: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """``python -m lowbit.bench``: the two measurements that the project has goals for."""
+    """``python -m lowbit.bench``: binary layers beside ONNX Runtime, and a training step beside a float one."""
     from rich.console import Console
 
     parser = argparse.ArgumentParser(prog="python -m lowbit.bench", description=main.__doc__)
@@ -736,18 +765,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, default=Path("bench.json"), help="where the numbers go")
     options = parser.parse_args(arguments)
     console = Console()
-    with console.status("one binary convolution beside ONNX Runtime"):
-        conv = bench_conv(threads=options.threads, isa=options.isa, repeats=options.repeats)
+    layers = []
+    with console.status("") as status:
+        for layer in LAYERS:
+            status.update(f"{layer}, beside ONNX Runtime")
+            layers.append(bench_conv(layer, options.threads, options.isa, options.repeats))
+    console.print(_conv_table(layers))
+    goal = f"{layers[0]['layer']}, at least {CONV_GOAL:g}x ONNX Runtime fp32"
+    console.print(_verdict(goal, layers[0]["ratio"] >= CONV_GOAL))
     step = None
     if not options.no_training:
         with console.status("one training step beside a float one"):
-            step = bench_training_step(max(options.repeats // 2, 2), threads=options.threads)
-    console.print(_goal_table(conv, step))
-    for warning in [*conv["warnings"], *(step["warnings"] if step else [])]:
-        console.print(f"[yellow]warning:[/] {warning}")
+            step = bench_training_step(options.repeats, threads=options.threads)
+        ours, theirs = (digits(1e3 * step[side]["median"]) for side in ("ours", "theirs"))
+        console.print(
+            f"SLB W1A1 training step, {step['step']}: {ours} ms, float {theirs} ms, [bold]{step['slowdown']:.2f}[/] times "
+            f"(p10 .. p90 of neighbours {1 / step['p90']:.2f} .. {1 / step['p10']:.2f})"
+        )
+        console.print(_verdict(f"at most {STEP_GOAL:g} times a float step", step["slowdown"] <= STEP_GOAL))
+    for result in [*layers, *([step] if step else [])]:
+        for warning in result["warnings"]:
+            console.print(f"[yellow]warning:[/] {warning}")
     packages = versions("lowbit", "numpy", "onnxruntime", "torch")
-    result = {"format": FORMAT, "machine": machine(), "versions": packages, "conv": conv, "training_step": step}
-    write_result(options.json, result)
+    found = {"format": FORMAT, "machine": machine(), "versions": packages, "layers": layers, "training_step": step}
+    write_result(options.json, found)
     console.print(f"numbers in {options.json}")
 
 
