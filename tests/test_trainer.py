@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -13,6 +15,7 @@ pytest.importorskip("lightning")
 
 from lightning.pytorch.callbacks import Callback
 
+from lowbit.train import rundir
 from lowbit.train.data import DATASETS, ImageData
 from lowbit.train.recipe import Recipe, RecipeError, parse_recipe
 from lowbit.train.rundir import RunError, columns, read_metrics, read_run
@@ -180,8 +183,45 @@ def test_resume_refusals(whole, tmp_path):
     run_dir = tmp_path / "cut"
     with pytest.raises(ValueError, match="early"):
         train(recipe(), run_dir, callbacks=[Stop(0, ValueError("early"))])
-    with pytest.raises(RunError, match=r"another recipe; it differs in model\.width, train\.lr"):
+    with pytest.raises(RunError, match=r"another recipe; it differs in model\.width, train\.lr.*--resume"):
         train(recipe(train__lr=0.01, model__width=8), run_dir, resume=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
+    write, run_dir = rundir.write_atomic, tmp_path / "run"
+
+    def full(path, data):
+        if path.name == "last.ckpt" and path.exists():
+            path = tmp_path / "nothing" / "last.ckpt"  # any error of the system's
+        write(path, data)
+
+    monkeypatch.setattr(rundir, "write_atomic", full)
+    with pytest.raises(OSError, match=r"nothing/last\.ckpt"):
+        train(recipe(), run_dir)
+    tree = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    assert tree["epoch"] == 0
+    monkeypatch.undo()
+    assert train(recipe(), run_dir, resume=True).run["resumed"] == 1
+
+
+def test_a_damaged_checkpoint_is_not_resumed(tmp_path):
+    run_dir = tmp_path / "cut"
+    with pytest.raises(ValueError, match="power cut"):
+        train(recipe(), run_dir, callbacks=[Stop(1, ValueError("power cut"))])
+    last = run_dir / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    with pytest.raises(RunError, match=r"can't be resumed: .*last\.ckpt is not a checkpoint"):
+        train(recipe(), run_dir, resume=True)
+
+
+def test_no_half_of_a_run_stays_behind(tmp_path, monkeypatch):
+    def full(path, data):  # noqa: ARG001
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(rundir, "write_atomic", full)
+    with pytest.raises(OSError, match=r"No space left on device.*recipe\.yaml"):
+        train(recipe(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_overwrite(whole, tmp_path):

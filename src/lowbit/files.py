@@ -11,9 +11,17 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` under a temporary name beside `path`, then rename.
 
     Raises:
-        OSError: the directory is missing or read-only, or the disk is full; nothing is left behind.
+        OSError: the directory is missing or read-only, or the disk is full; `filename` is `path`, and nothing is left behind.
     """
     target = Path(path)
+    try:
+        _write(target, data)
+    except OSError as error:
+        error.filename, error.filename2 = str(target), None  # not the temporary name
+        raise
+
+
+def _write(target: Path, data: bytes) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(descriptor, "wb") as stream:

@@ -43,6 +43,8 @@ __all__ = [
 ]
 
 FORMAT = 1
+_ALWAYS = ("status", "epochs", "epochs_done", "wall_seconds", "resumed", "input", "results")
+"""Keys of run.json from the start on, which readers rely on."""
 
 
 def columns(metric: str) -> tuple[str, ...]:
@@ -125,12 +127,19 @@ def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]], metric: str) ->
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float | None]]:
-    """The rows of a run's metrics.csv, numbers or None. An empty list before the first epoch ended."""
+    """The rows of a run's metrics.csv, numbers or None. An empty list before the first epoch ended.
+
+    Raises:
+        RunError: the file is damaged.
+    """
     path = Path(run_dir) / "metrics.csv"
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as stream:
-        return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(stream)]
+        try:
+            return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(stream)]
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{path}: is damaged ({error})") from None
 
 
 def read_run(run_dir: str | Path) -> dict[str, Any]:
@@ -148,6 +157,9 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
         raise RunError(f"{path}: can't be read ({error})") from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         raise RunError(f"{path}: not a run of format {FORMAT}")
+    missing = [key for key in _ALWAYS if key not in tree]
+    if missing:
+        raise RunError(f"{path}: is damaged, it lacks {', '.join(missing)}")
     return tree
 
 

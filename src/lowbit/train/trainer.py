@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from lowbit.train.batchnorm import calibrate_batchnorm, update_state_batchnorm
@@ -389,13 +390,22 @@ def _claim(run_dir: Path, recipe: Recipe, resume: bool, overwrite: bool) -> dict
             raise RunError(f"{run_dir}: this run is finished; there is nothing to resume")
         keys = differing_keys(recipe, load_recipe(run_dir / "recipe.yaml"))
         if keys:
-            raise RunError(f"{run_dir}: was started from another recipe; it differs in {', '.join(keys)}")
+            raise RunError(
+                f"{run_dir}: was started from another recipe; it differs in {', '.join(keys)}. "
+                f"`lowbit train {run_dir} --resume` goes on with its own"
+            )
+        last = run_dir / "checkpoints" / "last.ckpt"
+        if last.is_file():
+            _load_checkpoint(last, f"{run_dir} can't be resumed")
         return run
     if run_dir.exists() and not run_dir.is_dir():
         raise RunError(f"{run_dir}: is a file, not a directory")
     if run_dir.is_dir() and any(run_dir.iterdir()):
         if not overwrite:
-            raise RunError(f"{run_dir}: is not empty; choose another directory, resume it, or overwrite it")
+            raise RunError(
+                f"{run_dir}: is not empty; choose another directory (--run-dir), or for a run that lies there --resume "
+                "or --overwrite"
+            )
         if not (run_dir / "run.json").is_file():
             raise RunError(f"{run_dir}: is not empty and not a run directory; it is not overwritten")
     return None
@@ -454,9 +464,11 @@ def train(
     task = _task(recipe, spec)
 
     if overwrite and run_dir.is_dir():
-        shutil.rmtree(run_dir)
-    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "recipe.yaml", recipe.to_yaml())
+        try:
+            shutil.rmtree(run_dir)
+        except OSError as error:
+            error.filename = str(run_dir)  # rmtree names the file alone
+            raise
     run: dict[str, Any] = before or {
         "format": FORMAT,
         "name": recipe.name,
@@ -480,7 +492,15 @@ def train(
     }
     if before:
         run |= {"status": "running", "error": None, "finished": None, "resumed": before["resumed"] + 1}
-    write_json(run_dir / "run.json", run)
+    new = not run_dir.exists()
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_text(run_dir / "recipe.yaml", recipe.to_yaml())
+        write_json(run_dir / "run.json", run)
+    except OSError:
+        if new:  # a full or read-only disk: no half of a run stays behind
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
     already, clock = float(run["wall_seconds"]), time.perf_counter()
 
     def note(status: str, error: str | None = None) -> None:
@@ -525,6 +545,13 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's own writes to the system's temporary folder and copies: a full disk leaves half a file, over a whole one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:  # noqa: ARG002
+        write_checkpoint(Path(path), checkpoint)
+
+
 def _fit(
     module: _Module,
     batches: Batches,
@@ -565,6 +592,7 @@ def _fit(
             log_every_n_steps=max(len(batches), 1),
             num_sanity_val_steps=0,
             default_root_dir=run_dir,
+            plugins=[_WholeCheckpoints()],
         )
         trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
 
