@@ -284,6 +284,11 @@ class Inner(nn.Module):
     ("f", "message"),
     [
         (torch.sigmoid, "odd .*sigmoid"),
+        (lambda x: x / 3, r"odd .*write x \* \(1 / c\)"),
+        (lambda x: -x, r"odd .*write x \* -1\.0"),
+        (lambda x: 1 - x, r"odd .*write x \* -1\.0 \+ c"),
+        (lambda x: x - F.relu(x), r"odd .*write a \+ b \* -1\.0"),
+        (nn.ConvTranspose2d(4, 4, 2), "odd.*conv_transpose2d"),
         (lambda x: x * x, "odd .*multiplies two values"),
         (lambda x: x / x.abs().amax(), "odd .*abs"),
         (lambda x: x + torch.ones(16, 16), "odd .*not one number per channel"),
@@ -319,7 +324,15 @@ def test_ops_without_a_place_are_refused_by_layer(f, message: str) -> None:
         freeze(qmodel, floats())
 
 
-def test_branches_and_several_outputs_are_refused() -> None:
+def test_inputs_that_the_network_cannot_take_are_refused() -> None:
+    qmodel = prepare(Residuals()).eval()
+    with pytest.raises(FreezeError, match="is a torch tensor, not a ndarray"):
+        freeze(qmodel, floats().numpy())  # type: ignore[arg-type]
+    with pytest.raises(FreezeError, match=r"fails on the example input, torch\.float32 of shape \(1, 1, 16, 16\)"):
+        freeze(qmodel, torch.zeros(1, 1, 16, 16))
+
+
+def test_branches_and_several_outputs_are_refused(capfd: pytest.CaptureFixture[str]) -> None:
     class Branch(Residuals):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if x.sum() > 0 else x
@@ -331,6 +344,7 @@ def test_branches_and_several_outputs_are_refused() -> None:
 
     with pytest.raises(FreezeError, match=r"torch.export can't trace"):
         freeze(prepare(Branch()).eval(), floats())
+    assert "forward" not in capfd.readouterr().err  # torch.export's listing of the whole network
     with pytest.raises(FreezeError, match="returns 2 tensors"):
         freeze(prepare(Two()).eval(), floats())
 

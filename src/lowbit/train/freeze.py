@@ -7,9 +7,12 @@ docs/OPS.md in the order in which the network computes them. What can't be repre
 
 from __future__ import annotations
 
+import io
+import logging
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +24,9 @@ from lowbit import graph as lg
 from lowbit.bits import Codes
 from lowbit.train.layers import QuantLayer
 from lowbit.train.quantizers import ActivationQuantizer
+
+_INSTEAD = {"div": "x * (1 / c)", "neg": "x * -1.0", "rsub": "x * -1.0 + c"}
+"""What to write for an op that is not in a Graph, where another one does."""
 
 FxNode = Any
 """A torch.fx.Node; the types of its arguments are as wide as can be, and say nothing here."""
@@ -46,6 +52,8 @@ def freeze(model: nn.Module, example_input: Tensor, meta: Mapping[str, Any] | No
         FreezeError: the model is not in evaluation, torch.export can't trace it, or it has an op, shape or dtype that a Graph
             can't represent. The message names the layer.
     """
+    if not isinstance(example_input, Tensor):
+        raise FreezeError(f"example_input is a torch tensor, not a {type(example_input).__name__}")
     for name, module in model.named_modules():
         if module.training or getattr(module, "hard", True) is False:
             raise FreezeError(f"{name or 'the model'} is in training mode or soft: call model.eval() before freeze")
@@ -56,13 +64,19 @@ def freeze(model: nn.Module, example_input: Tensor, meta: Mapping[str, Any] | No
     example = torch.cat([example, example])  # a batch of 1 would be taken for a constant
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with torch.no_grad():
+            model(example.to(device))
+    except Exception as e:
+        shape = tuple(example_input.shape)
+        raise FreezeError(f"the model fails on the example input, {example.dtype} of shape {shape}: {_first(e)}") from e
+    try:
+        with warnings.catch_warnings(), _quiet_torch(), torch.no_grad():
             warnings.simplefilter("ignore")
             exported = torch.export.export(model, (example.to(device),)).run_decompositions({})
     except Exception as e:
-        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise FreezeError(
-            f"torch.export can't trace the model: {first}\nA network must be a plain function of its input tensor: no branches on values."
+            f"torch.export can't trace the model: {_first(e)}\n"
+            "A network must be a plain function of its input tensor: no branches on values."
         ) from e
     graph = _Freezer(model, exported, example, meta or {}).run()
     try:
@@ -70,6 +84,23 @@ def freeze(model: nn.Module, example_input: Tensor, meta: Mapping[str, Any] | No
     except lg.GraphError as e:
         raise FreezeError(str(e)) from None
     return graph
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Without torch.export's own lines and listings, hundreds where it fails: the error says what is wrong."""
+    log = logging.getLogger("torch")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def to_numpy(x: Tensor) -> np.ndarray[Any, Any]:
@@ -201,7 +232,9 @@ class _Freezer:
             return self._constant(node)
         handler = _HANDLERS.get(target)
         if handler is None:
-            raise self._refuse(node, f"the op {_op_name(target)} has no place in a Graph")
+            name = _op_name(target).rstrip("_")
+            hint = f" (write {_INSTEAD[name]})" if name in _INSTEAD else ""
+            raise self._refuse(node, f"the op {name} has no place in a Graph{hint}")
         return handler(self, node)
 
     def _constant(self, node: FxNode) -> Any:
@@ -582,11 +615,11 @@ def _add(f: _Freezer, node: FxNode) -> _Value:
         raise f._refuse(node, "adds with alpha other than 1")
     if not isinstance(f.env.get(a), _Value):
         if minus:
-            raise f._refuse(node, "subtracts a value from a constant")
+            raise f._refuse(node, "subtracts a value from a constant; write x * -1.0 + c")
         a, b = b, a
     if isinstance(b, fx.Node) and isinstance(f.env[b], _Value):
         if minus:
-            raise f._refuse(node, "subtracts one value from another")
+            raise f._refuse(node, "subtracts one value from another; write a + b * -1.0")
         left, right = f.value(a, node), f.value(b, node)
         if _shape(node.args[0]) != _shape(node.args[1]):
             raise f._refuse(
