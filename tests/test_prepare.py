@@ -151,7 +151,10 @@ def test_a_single_layer_can_be_prepared() -> None:
         ({"skip": ["block.*"]}, "'block.\\*' matches no"),
         ({"overrides": {"blocks.*": {"bits": 2}}}, "unknown key 'bits'"),
         ({"overrides": {"blocks.*": {"weight_bits": 5}}}, "overrides\\['blocks.\\*'\\].*not 5"),
-        ({"options": {"temperature": 3}}, "temperature"),
+        ({"skip": "stem"}, "write skip=\\['stem'\\]"),
+        ({"activation": "relu", "activation_bits": 32}, "unknown activation quantizer"),
+        ({"options": {"temperature": 3}}, "'slb' has no option 'temperature': Known: init, learn_values, spread"),
+        ({"activation_options": {"gradients": "clipped"}}, "did you mean 'gradient'"),
         ({"image": Pixels((1,), 1.0)}, "stem: image has 1 zero points"),
         ({"skip": ["stem"]}, "'stem'.*skipped"),
     ],
@@ -185,6 +188,8 @@ def test_pixels_are_checked(scale: float) -> None:
         Pixels((1,), scale)
     with pytest.raises(ValueError, match="zero_point"):
         Pixels((1.5,), 1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="zero_point is a tuple"):
+        Pixels(1, 1.0)  # type: ignore[arg-type]
 
 
 # --- hard and soft ---
@@ -297,6 +302,11 @@ def test_calibration_without_batches_changes_nothing() -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="at least one batch"):
         calibrate_batchnorm(model, [])
+
+    with pytest.raises(ValueError, match=r"got a tuple: .* give \(x for x, _ in loader\)"):
+        calibrate_batchnorm(model, [(images(), torch.zeros(2))])
+    with pytest.raises(ValueError, match=r"x\.split"):
+        calibrate_batchnorm(model, images())
 
     def broken():
         yield images()

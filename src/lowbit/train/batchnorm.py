@@ -84,8 +84,10 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
         How many batches were used.
 
     Raises:
-        ValueError: no batch was given (and the statistics are left as they were).
+        ValueError: no batch was given, or one that is no tensor (and the statistics are left as they were).
     """
+    if isinstance(batches, Tensor):
+        raise ValueError("calibrate_batchnorm takes an iterable of batches, not one tensor: give x.split(100)")
     norms = _norms(model)
     sums: list[tuple[Tensor, Tensor]] = []
     saved: list[tuple[Tensor, Tensor, Tensor | None]] = []
@@ -103,6 +105,11 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
             norm.momentum = 1.0
         with _hard_batch_statistics(model), torch.autocast(device_type, enabled=False):
             for batch in batches:
+                if not isinstance(batch, Tensor):
+                    raise ValueError(
+                        f"calibrate_batchnorm takes batches of inputs alone, got a {type(batch).__name__}: "
+                        "for a loader of pairs give (x for x, _ in loader)"
+                    )
                 model(batch)
                 count += 1
                 for (mean, var), (mean_sum, var_sum) in zip(stats, sums, strict=True):

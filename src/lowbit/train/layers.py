@@ -8,7 +8,7 @@ batch-norm calibration needs (batch statistics, hard weights).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,13 +29,19 @@ class Pixels:
     The zero point is one integer per channel (the rounded mean of the training images does well), the scale is one number for all
     channels (1 / their standard deviation). A network prepared with Pixels takes raw pixels, so nothing about its
     preprocessing can differ between training and deployment.
+
+    Raises:
+        ValueError: zero points that are no integers in 0..255, a scale that is not positive.
     """
 
     zero_point: tuple[int, ...]
     scale: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "zero_point", tuple(self.zero_point))
+        if isinstance(self.zero_point, Iterable):
+            object.__setattr__(self, "zero_point", tuple(self.zero_point))
+        if not isinstance(self.zero_point, tuple):
+            raise ValueError(f"zero_point is a tuple of integers, one per channel, got {self.zero_point!r}")
         if not self.zero_point or any(type(z) is not int or not 0 <= z <= 255 for z in self.zero_point):
             raise ValueError(f"zero_point must be integers in 0..255, one per channel, got {self.zero_point}")
         if not 0 < self.scale < float("inf"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from lowbit.train.batchnorm import StateBatchNorm2d
 from lowbit.train.layers import PixelInput, Pixels, QuantConv2d, QuantLayer, QuantLinear, Residual, quantized_layers
 from lowbit.train.quantizers import ACTIVATIONS, WEIGHTS, ActivationQuantizer, WeightQuantizer
 from lowbit.train.registry import nearest
+
+Q = TypeVar("Q", WeightQuantizer, ActivationQuantizer)
 
 ACTIVATION_BITS = (1, 2, 4, 8, 32)
 SHORTCUTS = ("*downsample*", "*shortcut*", "*down_sample*")
@@ -89,6 +92,10 @@ def prepare(
         raise ValueError(f"edges is 'int8', 'float' or 'none', not {edges!r}")
     if residual_dtype not in ("float32", "float16"):
         raise ValueError(f"residual_dtype is 'float32' or 'float16', not {residual_dtype!r}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is an nn.Module, not a {type(model).__name__}")
+    if isinstance(skip, str):
+        raise ValueError(f"skip is a list of name patterns: write skip=[{skip!r}]")
     base = _Plan(method, weight_bits, activation, activation_bits, options, activation_options)
     _check_plan(base, "prepare")
     if any(isinstance(m, QuantLayer) for m in model.modules()):
@@ -178,16 +185,25 @@ def _weight_quantizer(plan: _Plan) -> WeightQuantizer:
     bits = 32 if plan.method == "float" and plan.weight_bits == 1 else plan.weight_bits
     if bits == 32:
         return WEIGHTS.get("float")(32)
-    return quantizer(bits, **(plan.options or {}))
+    return _built(quantizer, plan.method, bits, plan.options)
+
+
+def _built(quantizer: type[Q], name: str, bits: int, options: Mapping[str, Any] | None) -> Q:
+    known = [key for key in inspect.signature(quantizer).parameters if key != "bits"]
+    for key in options or {}:
+        if key not in known:
+            raise ValueError(f"{name!r} has no option {key!r}: {nearest(key, known)}")
+    return quantizer(bits, **(options or {}))
 
 
 def _input_quantizer(plan: _Plan) -> ActivationQuantizer | None:
-    if plan.activation_bits == 32:
-        return None
     name = plan.activation
     if name == "auto":
         name = "sign" if plan.activation_bits == 1 else "dorefa"
-    return ACTIVATIONS.get(name)(plan.activation_bits, **(plan.activation_options or {}))
+    quantizer = ACTIVATIONS.get(name)
+    if plan.activation_bits == 32:
+        return None
+    return _built(quantizer, name, plan.activation_bits, plan.activation_options)
 
 
 def _replacement(name: str, layer: nn.Module, plan: _Plan, image: Pixels | None) -> nn.Module:
