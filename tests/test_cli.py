@@ -196,10 +196,11 @@ def test_every_expected_error_is_one_line(call: Call, model: Path, tmp_path: Pat
         (["evaluate", model], "say what to evaluate on with --data"),
         (["evaluate", model, "--data", "fashion_mnist"], "has the classes"),
         (["export", tmp_path / "empty"], "not a run directory"),
+        (["export", tmp_path / "no"], "no: not a run directory"),
         (["export", tmp_path / "empty", "--inputs", 3], "at least 500"),
         (["inspect", cut], "cut.lowbit: not a lowbit file, or a damaged one"),
         (["inspect", tmp_path / "flipped.lowbit"], "checksum"),
-        (["inspect", tmp_path / "empty"], "empty: no such file"),
+        (["inspect", tmp_path / "empty"], "empty: is a folder"),
         (["predict", model, tmp_path / "no.png"], "no.png: no such file"),
         (["predict", model, tmp_path / "text.png"], "text.png: not a readable image"),
         (["predict", model, tmp_path / "empty"], "no images in this folder"),
@@ -208,7 +209,7 @@ def test_every_expected_error_is_one_line(call: Call, model: Path, tmp_path: Pat
         (["bench", model, "--threads", 100000], "threads = 100000"),
         (
             ["bench", model, "--repeats", 2, "--no-layers", "--json", tmp_path / "no/b.json"],
-            "No such file or directory",
+            "no/b.json: No such file or directory",
         ),
         (["report", tmp_path / "empty"], "not a run directory"),
     ]:

@@ -174,7 +174,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.lowbit"
     with pytest.raises(FileError, match="x.lowbit: no such file"):
         lowbit.read(path)
-    with pytest.raises(FileError, match="no such file"):
+    with pytest.raises(FileError, match="is a folder, not a .lowbit file"):
         lowbit.read(tmp_path)
     path.write_bytes(b"PK\x03\x04 a zip file, say, of some length" * 10)
     with pytest.raises(FileError, match="not a lowbit file"):

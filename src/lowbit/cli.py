@@ -137,7 +137,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a network as a recipe says, into a run directory."""
-    from lowbit.train.recipe import load_recipe
+    from lowbit.train.recipe import RecipeError, load_recipe
     from lowbit.train.trainer import train as train_recipe
 
     overrides = list(changes or [])
@@ -145,6 +145,8 @@ def train(
         overrides.append(f"seed={seed}")
     if resume and recipe.is_dir():
         run_dir, recipe = run_dir or recipe, recipe / "recipe.yaml"
+    elif (recipe / "run.json").is_file():
+        raise RecipeError(f"{recipe}: is a run directory, not a recipe; go on with the run with --resume")
     loaded = load_recipe(recipe, overrides)
     place = run_dir or Path("runs") / loaded.name
     _log_to_stderr()

@@ -71,6 +71,8 @@ def read(path: str | os.PathLike[str]) -> Graph:
         FileError: no such file, not a lowbit file, a newer format, damaged, or a Graph that breaks a rule.
     """
     name = os.fspath(path)
+    if Path(name).is_dir():
+        raise FileError(f"{name}: is a folder, not a .lowbit file (a run's file is RUN/model.lowbit)")
     if not Path(name).is_file():
         raise FileError(f"{name}: no such file")
     try:

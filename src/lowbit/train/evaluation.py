@@ -114,6 +114,8 @@ def _split(data: ImageData, split: str, classes: tuple[str, ...]) -> tuple[Tenso
 
 
 def _check_classes(data: ImageData, classes: tuple[str, ...]) -> None:
+    if not classes:
+        raise DataError("the file does not name its classes; freeze(..., meta={'classes': [...]}) writes them")
     if tuple(data.classes) != classes:
         raise DataError(
             f"{data.name}: has the classes {', '.join(data.classes[:5])}, ...; the network answers "

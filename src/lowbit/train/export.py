@@ -79,10 +79,12 @@ def export_run(
         raise ExportError(f"the proof needs at least {MIN_INPUTS} inputs, not {inputs}")
     run_dir = Path(run_dir)
     path = Path(output) if output is not None else run_dir / "model.lowbit"
+    run = read_run(run_dir)
     if not path.parent.is_dir():
         raise FileError(f"{path}: there is no directory {path.parent}")
+    if path.is_dir():
+        raise FileError(f"{path}: is a folder; give the file a name")
     recipe, model = load_run(run_dir)
-    run = read_run(run_dir)
     data = data or load_data(recipe)
     spec = InputSpec.from_json(run["input"])
     graph = freeze(model, data.val_x[:1], meta=_meta(recipe, spec, run))
