@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -246,6 +247,43 @@ def test_nothing_is_written_for_what_cannot_be_built(tmp_path):
     with pytest.raises(RunError, match=r"train\.float_init: .*none\.ckpt is not there"):
         train(recipe(train__float_init=str(tmp_path / "none.ckpt")), run_dir)
     assert not run_dir.exists()
+
+
+OWN = """
+from torch import nn
+class Own(nn.Module):
+    def __init__(self, classes, features=4, answers=None, odd=False):
+        super().__init__()
+        self.conv, self.norm, self.up = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 2)
+        self.head, self.odd = nn.Linear(features, answers or classes), odd
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return self.head((self.up(x) if self.odd else x).mean((2, 3)))
+def nothing(classes):
+    return classes
+"""
+
+
+def test_a_network_that_cannot_work_is_found_before_training(tmp_path, monkeypatch, caplog):
+    (tmp_path / "own_net_of_a_test.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    run_dir = tmp_path / "run"
+
+    def own(name="Own", **arguments):
+        tree = recipe(train__epochs=1).plain()
+        return parse_recipe({**tree, "model": {"name": f"own_net_of_a_test:{name}", **arguments}})
+
+    with pytest.raises(RecipeError, match=r"Own' fails on images of 1x12x12: mat1 and mat2"):
+        train(own(features=5), run_dir)
+    with pytest.raises(RecipeError, match=r"gives shape \(2, 2\) for 2 images of 1x12x12, not \(2, 3\)"):
+        train(own(answers=2), run_dir)
+    with pytest.raises(RecipeError, match="gives a int, not an nn.Module"):
+        train(own("nothing"), run_dir)
+    assert not run_dir.exists()
+    result = train(own(odd=True), run_dir)  # a twin to compare with need not be exported
+    assert [w for w in result.run["warnings"] if re.search("not exported: up .*conv_transpose2d", w)]
+    assert "up (conv_transpose2d" in caplog.text
+    assert not [w for w in train(own(), tmp_path / "good").run["warnings"] if "exported" in w]
 
 
 def test_unfinished_and_broken_runs_are_refused(whole, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from lowbit.train.batchnorm import calibrate_batchnorm, update_state_batchnorm
 from lowbit.train.data import DATASETS, Augment, Batches, ImageData
+from lowbit.train.freeze import FreezeError, freeze
 from lowbit.train.layers import Pixels
 from lowbit.train.models import build_model
 from lowbit.train.prepare import FlipCounter, auxiliary_loss, parameter_groups, prepare, weight_statistics
@@ -123,6 +125,37 @@ def build_network(recipe: Recipe, spec: InputSpec, start: Mapping[str, Tensor] |
             )
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{recipe.name}: {error}") from error
+
+
+def _try_out(model: nn.Module, recipe: Recipe, spec: InputSpec) -> list[str]:
+    """Run and freeze a copy of the untrained network: what is wrong with it is said now, not after hours.
+
+    Returns:
+        Warnings: why it can't be exported, if it can't.
+
+    Raises:
+        RecipeError: it fails on the data's images, or does not give one number for each class.
+    """
+    trial = copy.deepcopy(model).eval()
+    x = torch.zeros(2, spec.channels, spec.height, spec.width, dtype=torch.uint8)
+    images = f"images of {spec.channels}x{spec.height}x{spec.width}"
+    try:
+        with torch.no_grad():
+            y = trial(x)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecipeError(f"{recipe.name}: model {recipe.model.name!r} fails on {images}: {first}") from error
+    if not isinstance(y, Tensor) or (recipe.task == "classify" and y.shape != (2, len(spec.classes))):
+        got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise RecipeError(
+            f"{recipe.name}: model {recipe.model.name!r} gives {got} for 2 {images}, not (2, {len(spec.classes)}): "
+            "one number for each class; an argument named `classes` is filled in"
+        )
+    try:
+        freeze(trial, x)
+    except FreezeError as error:
+        return [f"this network can be trained but not exported: {error}"]
+    return []
 
 
 def _load_float(model: nn.Module, start: Mapping[str, Tensor]) -> None:
@@ -444,8 +477,8 @@ def train(
         callbacks: Lightning callbacks to add.
 
     Raises:
-        RecipeError: the recipe can't be built. DataError: the data is missing or broken. RunError: the directory can't
-        be used, or the loss is not finite. Up to there nothing was written.
+        RecipeError: the recipe can't be built, or its network not run on the data. DataError: the data is missing or
+        broken. RunError: the directory can't be used, or the loss is not finite. Up to there nothing was written.
     """
     run_dir = Path(run_dir)
     before = _claim(run_dir, recipe, resume, overwrite)
@@ -453,6 +486,7 @@ def train(
     data = load_data(recipe)
     spec = InputSpec.of(data)
     model = build_network(recipe, spec, _float_start(recipe))
+    notes = [] if before else _try_out(model, recipe, spec)
     t = recipe.train
     x, y = (data.full_x, data.full_y) if t.final else (data.train_x, data.train_y)
     augment = Augment(recipe.data.augment.crop, recipe.data.augment.flip)
@@ -487,7 +521,7 @@ def train(
         "parameters": sum(p.numel() for p in model.parameters()),
         "epochs": t.epochs,
         "epochs_done": 0,
-        "warnings": [],
+        "warnings": notes,
         "results": None,
     }
     if before:
@@ -501,6 +535,8 @@ def train(
         if new:  # a full or read-only disk: no half of a run stays behind
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
+    for warning in notes:
+        _log.warning(warning)
     already, clock = float(run["wall_seconds"]), time.perf_counter()
 
     def note(status: str, error: str | None = None) -> None:

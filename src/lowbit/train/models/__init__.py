@@ -62,7 +62,7 @@ def build_model(name: str, *, classes: int, in_channels: int, image_size: int, *
         **arguments: the model's own arguments.
 
     Raises:
-        ValueError: no such model, or it has no such argument.
+        ValueError: no such model, it has no such argument, or it is no nn.Module.
     """
     factory = _factory(name)
     known = model_arguments(name)
@@ -71,4 +71,7 @@ def build_model(name: str, *, classes: int, in_channels: int, image_size: int, *
             raise ValueError(f"model {name!r} has no argument {key!r}: {nearest(key, list(known))}")
     given = {"classes": classes, "in_channels": in_channels, "image_size": image_size}
     takes = inspect.signature(factory).parameters
-    return factory(**{key: value for key, value in given.items() if key in takes}, **arguments)
+    model = factory(**{key: value for key, value in given.items() if key in takes}, **arguments)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model {name!r} gives a {type(model).__name__}, not an nn.Module")
+    return model
