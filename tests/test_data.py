@@ -100,6 +100,7 @@ def test_broken_files_are_refused_by_name(folder, damage, message):
     with pytest.raises(DataError, match=message) as caught:
         _ = DATASETS.get("fashion_mnist")(root=folder).train_x
     assert str(path) in str(caught.value)
+    assert "fetched again" not in str(caught.value), "nothing is ever fetched into a folder that was given"
 
 
 def test_wrong_label_is_refused(folder):
@@ -119,6 +120,11 @@ def test_download_goes_to_the_cache_once_it_is_checked(tmp_path, monkeypatch):
     assert len(DATASETS.get("fashion_mnist")().train_x) == 40
     cache = tmp_path / "cache" / "lowbit" / "fashion-mnist"
     assert sorted(p.name for p in cache.iterdir()) == sorted(digests)
+    whole = (cache / "train-images-idx3-ubyte.gz").read_bytes()
+    (cache / "train-images-idx3-ubyte.gz").write_bytes(whole[:-9])
+    with pytest.raises(DataError, match="delete it and it is fetched again"):
+        _ = DATASETS.get("fashion_mnist")().train_x
+    (cache / "train-images-idx3-ubyte.gz").write_bytes(whole)
     (cache / "train-labels-idx1-ubyte.gz").unlink()
     name = "train-labels-idx1-ubyte.gz"
     (mirror / name).write_bytes(gzip.compress(b"something else"))

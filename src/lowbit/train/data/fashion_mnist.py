@@ -48,13 +48,20 @@ MIRRORS = (
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
 )
 SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian package dataset-fashion-mnist
-_WAY_OUT = "delete it and it is fetched again, or pass a folder that holds the four files (data.root)"
 
 
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/lowbit/fashion-mnist``, by default below ``~/.cache``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "lowbit" / "fashion-mnist"
+
+
+def _way_out(path: Path) -> str:
+    if path.parent == cache_folder():
+        return "delete it and it is fetched again"
+    if path.parent == SYSTEM_FOLDER:
+        return "reinstall the package dataset-fashion-mnist, or give another folder (data.root)"
+    return "put the original there, or leave data.root out and it is found or fetched"
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -67,20 +74,20 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         with gzip.open(path) as stream:
             data = stream.read()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; {_WAY_OUT}") from None
+        raise DataError(f"{path}: no such file; {_way_out(path)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error}); {_WAY_OUT}") from None
+        raise DataError(f"{path}: not a whole gzip file ({error}); {_way_out(path)}") from None
     header = 4 + 4 * dimensions
     if len(data) < header:
-        raise DataError(f"{path}: {len(data)} bytes are too few for an idx header of {header}; {_WAY_OUT}")
+        raise DataError(f"{path}: {len(data)} bytes are too few for an idx header of {header}; {_way_out(path)}")
     magic = int.from_bytes(data[:4], "big")
     expected = 0x0800 | dimensions
     if magic != expected:
-        raise DataError(f"{path}: magic number {magic:#010x}, expected {expected:#010x}; {_WAY_OUT}")
+        raise DataError(f"{path}: magic number {magic:#010x}, expected {expected:#010x}; {_way_out(path)}")
     sizes = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
     body = np.frombuffer(data, np.uint8, offset=header)
     if body.size != int(np.prod(sizes, dtype=np.int64)):
-        raise DataError(f"{path}: sizes {sizes} but {body.size} bytes follow; {_WAY_OUT}")
+        raise DataError(f"{path}: sizes {sizes} but {body.size} bytes follow; {_way_out(path)}")
     return body.reshape(sizes)
 
 
@@ -89,11 +96,15 @@ def _read_pair(folder: Path, part: str) -> tuple[Tensor, Tensor]:
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     for path, array in ((images_path, images), (labels_path, labels)):
         if len(array) != COUNTS[part]:
-            raise DataError(f"{path}: {len(array)} entries, expected {COUNTS[part]}; {_WAY_OUT}")
+            raise DataError(f"{path}: {len(array)} entries, expected {COUNTS[part]}; {_way_out(path)}")
     if images.shape[1:] != (28, 28):
-        raise DataError(f"{images_path}: images of {images.shape[1]}x{images.shape[2]}, expected 28x28; {_WAY_OUT}")
+        raise DataError(
+            f"{images_path}: images of {images.shape[1]}x{images.shape[2]}, expected 28x28; {_way_out(images_path)}"
+        )
     if labels.max(initial=0) >= len(CLASSES):
-        raise DataError(f"{labels_path}: label {labels.max()}, expected 0 to {len(CLASSES) - 1}; {_WAY_OUT}")
+        raise DataError(
+            f"{labels_path}: label {labels.max()}, expected 0 to {len(CLASSES) - 1}; {_way_out(labels_path)}"
+        )
     return torch.from_numpy(images.copy()).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))
 
 
