@@ -171,6 +171,12 @@ def test_other_padding_modes_are_refused_by_name() -> None:
     prepare(model, skip=["1"])
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_layers_without_weights_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"1: has no weights, its shape is \(0, 4\)"):
+        prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 0), nn.Linear(0, 2)))
+
+
 def test_float16_needs_residuals() -> None:
     with pytest.raises(ValueError, match="Residual"):
         prepare(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), residual_dtype="float16")

@@ -71,6 +71,8 @@ def test_set():
         ("quantize.activation_bits=5", r"activation_bits is one of"),
         ("quantize.options={spred: 1}", r"spred"),
         ("train.epochs=many", r"train\.epochs: Input should be a valid integer.*got 'many'"),
+        ("data.train_images=many", r"data\.train_images: Input should be a valid integer.*got 'many'"),
+        ("model.width=wide", r"model\.width: Input should be a valid integer.*got 'wide'"),
         ("train.lr=0", r"train\.lr: Input should be greater than 0, got 0"),
         ("train.lr_schedule=step", r"needs milestones"),
         ("train.milestones=[3]", r"belong to lr_schedule: step"),

@@ -256,6 +256,7 @@ class Own(nn.Module):
         super().__init__()
         self.conv, self.norm, self.up = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 2)
         self.head, self.odd = nn.Linear(features, answers or classes), odd
+        if features > 100: raise RuntimeError("too many")
     def forward(self, x):
         x = self.norm(self.conv(x))
         return self.head((self.up(x) if self.odd else x).mean((2, 3)))
@@ -277,6 +278,8 @@ def test_a_network_that_cannot_work_is_found_before_training(tmp_path, monkeypat
         train(own(features=5), run_dir)
     with pytest.raises(RecipeError, match=r"gives shape \(2, 2\) for 2 images of 1x12x12, not \(2, 3\)"):
         train(own(answers=2), run_dir)
+    with pytest.raises(RecipeError, match="Own' can't be built: RuntimeError: too many"):
+        train(own(features=101), run_dir)
     with pytest.raises(RecipeError, match="gives a int, not an nn.Module"):
         train(own("nothing"), run_dir)
     assert not run_dir.exists()

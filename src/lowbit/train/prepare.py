@@ -209,6 +209,9 @@ def _input_quantizer(plan: _Plan) -> ActivationQuantizer | None:
 def _replacement(name: str, layer: nn.Module, plan: _Plan, image: Pixels | None) -> nn.Module:
     if plan.skip:
         return layer
+    assert isinstance(layer.weight, Tensor)
+    if layer.weight.numel() == 0:
+        raise ValueError(f"{name}: has no weights, its shape is {tuple(layer.weight.shape)}")
     weights = _weight_quantizer(plan)
     inputs: ActivationQuantizer | None = _input_quantizer(plan)
     if image is not None:
@@ -283,7 +286,7 @@ def parameter_groups(
     ``rest``: batch-norm and PReLU parameters and biases, never decayed.
 
     The learning rate of the latent weights is the first-order knob of low-bit training: at 1x few signs ever flip. Watch
-    `FlipCounter`; 15 to 30 % of the signs over a run is healthy.
+    `FlipCounter`: the runs of docs/LOG.md flip a third to a half of their signs.
     """
     latent, weights, rest = [], [], []
     low_bit = {id(layer.weight) for _, layer in quantized_layers(model) if layer.weight_quantizer.bits <= 4}

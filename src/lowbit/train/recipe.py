@@ -9,10 +9,11 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.errors import PydanticUserError
 from torch import nn
 
 from lowbit.train.registry import nearest
@@ -233,7 +234,7 @@ def _explain(error: ValidationError) -> str:
 def _check_names(recipe: Recipe) -> None:
     """Every name must be known, and every argument of a model or data set one it has."""
     from lowbit.train.data import DATASETS
-    from lowbit.train.models import model_arguments
+    from lowbit.train.models import model_arguments, model_factory
     from lowbit.train.prepare import prepare
     from lowbit.train.quantizers import ACTIVATIONS, WEIGHTS
     from lowbit.train.tasks import TASKS
@@ -260,10 +261,28 @@ def _check_names(recipe: Recipe) -> None:
     for key in recipe.model.arguments:
         if key not in known:
             raise ValueError(f"unknown key 'model.{key}': {nearest(key, [*known, 'name'])}")
-    taken = [key for key in inspect.signature(DATASETS.get(recipe.data.name)).parameters if key != "root"]
+    _check_types("model", recipe.model.arguments, model_factory(recipe.model.name))
+    dataset = DATASETS.get(recipe.data.name)
+    taken = [key for key in inspect.signature(dataset).parameters if key != "root"]
     for key in recipe.data.arguments:
         if key not in taken:
             raise ValueError(f"unknown key 'data.{key}': {nearest(key, [*taken, *DataConfig.model_fields])}")
+    _check_types("data", recipe.data.arguments, dataset)
+
+
+def _check_types(section: str, arguments: Mapping[str, Any], function: Any) -> None:
+    """Hold arguments against the function's annotations, where it has some that can be checked."""
+    try:
+        hints = get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except Exception:  # names that are there for type checkers only: anybody's own code
+        return
+    for key, value in arguments.items():
+        try:
+            TypeAdapter(hints.get(key, Any)).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"{section}.{key}: {error.errors()[0]['msg']}, got {value!r}") from None
+        except PydanticUserError:
+            continue  # no type of data
 
 
 def parse_recipe(tree: Any, source: str = "recipe") -> Recipe:

@@ -84,6 +84,18 @@ def load_data(recipe: Recipe) -> ImageData:
     return DATASETS.get(recipe.data.name)(root=recipe.data.root, **recipe.data.arguments)
 
 
+def _float_network(recipe: Recipe, spec: InputSpec) -> nn.Module:
+    name, arguments = recipe.model.name, recipe.model.arguments
+    try:
+        return build_model(
+            name, classes=len(spec.classes), in_channels=spec.channels, image_size=spec.height, **arguments
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # of anybody's own code
+        raise ValueError(f"model {name!r} can't be built: {type(error).__name__}: {error}") from error
+
+
 def build_network(recipe: Recipe, spec: InputSpec, start: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The recipe's network for an input, prepared; the same for the same recipe.
 
@@ -99,13 +111,7 @@ def build_network(recipe: Recipe, spec: InputSpec, start: Mapping[str, Tensor] |
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            model = build_model(
-                recipe.model.name,
-                classes=len(spec.classes),
-                in_channels=spec.channels,
-                image_size=spec.height,
-                **recipe.model.arguments,
-            )
+            model = _float_network(recipe, spec)
             if start is not None:
                 _load_float(model, start)
             return prepare(

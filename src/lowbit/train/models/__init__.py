@@ -11,7 +11,7 @@ from torch import nn
 
 from lowbit.train.registry import Registry, nearest
 
-__all__ = ["MODELS", "build_model", "model_arguments"]
+__all__ = ["MODELS", "build_model", "model_arguments", "model_factory"]
 
 #: ``name -> function(classes, in_channels, image_size, **arguments) -> nn.Module``. One file, one line for each.
 MODELS: Registry[Callable[..., nn.Module]] = Registry(
@@ -26,8 +26,12 @@ MODELS: Registry[Callable[..., nn.Module]] = Registry(
 _FROM_DATA = ("classes", "in_channels", "image_size")
 
 
-def _factory(name: str) -> Callable[..., nn.Module]:
-    """A registered model, or ``package.module:function``: anybody's own."""
+def model_factory(name: str) -> Callable[..., nn.Module]:
+    """A registered model, or ``package.module:function``: anybody's own.
+
+    Raises:
+        ValueError: no such model, or it can't be imported.
+    """
     if ":" not in name:
         return MODELS.get(name)
     module, _, attribute = name.partition(":")
@@ -46,7 +50,7 @@ def model_arguments(name: str) -> dict[str, Any]:
     Raises:
         ValueError: no such model.
     """
-    parameters = inspect.signature(_factory(name)).parameters
+    parameters = inspect.signature(model_factory(name)).parameters
     return {key: p.default for key, p in parameters.items() if key not in _FROM_DATA}
 
 
@@ -64,7 +68,7 @@ def build_model(name: str, *, classes: int, in_channels: int, image_size: int, *
     Raises:
         ValueError: no such model, it has no such argument, or it is no nn.Module.
     """
-    factory = _factory(name)
+    factory = model_factory(name)
     known = model_arguments(name)
     for key in arguments:
         if key not in known:
