@@ -176,7 +176,8 @@ def test_flush_to_zero_of_the_caller_does_not_matter() -> None:
     graph = Graph(graph.nodes, tensors)
     x = rng.normal(size=(1, 9, 9, 48)).astype(np.float32)
     output, values = run(graph, x, trace=True)
-    torch = pytest.importorskip("torch")
+    import torch
+
     torch.set_flush_denormal(True)
     try:
         results = [difference(load(graph, isa=isa), x, output, values) for isa in AVAILABLE]

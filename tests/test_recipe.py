@@ -8,8 +8,6 @@ import pytest
 import torch
 import yaml
 
-pytest.importorskip("lightning")
-
 from lowbit.train.recipe import RecipeError, differing_keys, load_recipe, parse_recipe
 from lowbit.train.rundir import InputSpec
 from lowbit.train.trainer import build_network, load_data

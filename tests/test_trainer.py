@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("lightning")
-
 from lightning.pytorch.callbacks import Callback
 
 from lowbit.train import rundir

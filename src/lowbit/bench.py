@@ -602,67 +602,6 @@ def bench_conv(layer: Layer = LAYERS[0], threads: int = 1, isa: str | None = Non
     }
 
 
-def bench_training_step(repeats: int = 20, batch_size: int = 50, threads: int = 1) -> dict[str, Any]:
-    """One training step of the demo's network (forward, backward, SGD, temperature): SLB with 1-bit weights and
-    activations beside the same network in float32. Needs the extra ``lowbit[train]``.
-
-    `ours` is the SLB step, `theirs` the float step, `slowdown` ours / theirs.
-    """
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    from lowbit.train import Schedule, parameter_groups
-    from lowbit.train.recipe import parse_recipe
-    from lowbit.train.rundir import InputSpec
-    from lowbit.train.trainer import build_network
-
-    spec = InputSpec(1, 28, 28, (73,), 1 / 90, tuple(map(str, range(10))))
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(0, 256, (batch_size, 1, 28, 28), generator=generator, dtype=torch.uint8)
-    x = x.contiguous(memory_format=torch.channels_last)
-    y = torch.randint(0, 10, (batch_size,), generator=generator)
-
-    def step_of(quantize: dict[str, Any]) -> Callable[[], None]:
-        recipe = parse_recipe(
-            {
-                "name": "bench",
-                "model": {"name": "bireal_resnet14", "nonlinearity": "prelu"},
-                "data": {"name": "fashion_mnist"},
-                "quantize": quantize,
-            }
-        )
-        model = build_network(recipe, spec).train()
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        groups = parameter_groups(model, lr=1e-3, weight_decay=0.0, latent_lr_scale=10.0, latent_weight_decay=0.0)
-        optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, fused=True)
-        schedule = Schedule(model, total_steps=1000)
-
-        def step() -> None:
-            schedule.step(100)
-            optimizer.zero_grad()
-            cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-
-        return step
-
-    slb = step_of({"method": "slb", "weight_bits": 1, "activation_bits": 1, "residual_dtype": "float16"})
-    plain = step_of({"method": "float", "weight_bits": 32, "activation_bits": 32, "edges": "float"})
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with pinned(threads):
-            found = alternate(slb, plain, repeats)
-    finally:
-        torch.set_num_threads(before)
-    return {
-        "step": f"bireal_resnet14, batch {batch_size}",
-        "threads": threads,
-        **asdict(found),
-        "slowdown": found.ours.median / found.theirs.median,
-        "warnings": found.warnings("training step"),
-    }
-
-
 # --------------------------------------------------------------------------------------------- showing
 
 
@@ -775,6 +714,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(_verdict(goal, layers[0]["ratio"] >= CONV_GOAL))
     step = None
     if not options.no_training:
+        from lowbit.train.benchmark import bench_training_step
+
         with console.status("one training step beside a float one"):
             step = bench_training_step(options.repeats, threads=options.threads)
         ours, theirs = (digits(1e3 * step[side]["median"]) for side in ("ours", "theirs"))
