@@ -135,10 +135,14 @@ class QuantLayer(nn.Module):
         bias: Tensor | None,
         weight_quantizer: WeightQuantizer,
         input_quantizer: ActivationQuantizer | None,
+        channels: int,
     ) -> None:
         super().__init__()
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
+        weight_quantizer.attach(weight)
+        if input_quantizer is not None:
+            input_quantizer.attach(channels)
         self.weight = nn.Parameter(weight_quantizer.latent(weight))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.hard = False
@@ -178,7 +182,7 @@ class QuantConv2d(QuantLayer):
     def __init__(
         self, conv: nn.Conv2d, weight_quantizer: WeightQuantizer, input_quantizer: ActivationQuantizer | None
     ) -> None:
-        super().__init__(conv.weight, conv.bias, weight_quantizer, input_quantizer)
+        super().__init__(conv.weight, conv.bias, weight_quantizer, input_quantizer, conv.in_channels)
         self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
         self.kernel_size = _pair(conv.kernel_size)
         self.stride = _pair(conv.stride)
@@ -214,7 +218,7 @@ class QuantLinear(QuantLayer):
     def __init__(
         self, linear: nn.Linear, weight_quantizer: WeightQuantizer, input_quantizer: ActivationQuantizer | None
     ) -> None:
-        super().__init__(linear.weight, linear.bias, weight_quantizer, input_quantizer)
+        super().__init__(linear.weight, linear.bias, weight_quantizer, input_quantizer, linear.in_features)
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The temperature of SLB over a run."""
+"""What moves with the run: the temperature of SLB, the annealing of other methods."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class Schedule:
     ``kind="exponential"``, ``growth = speed ** ((end - start) * epochs)``, see `published_growth`. Keep the total growth,
     not the speed, when epochs are fewer, and below about 30 epochs move T every step.
 
-    A no-op for networks without a temperature.
+    Every quantizer is also told the part of the run that is done (`anneal`): IR-Net and ReCU go by it. A no-op for other
+    networks.
 
     Args:
         model: a prepared network.
@@ -61,8 +62,11 @@ class Schedule:
             raise ValueError(f"start and end must keep 0 <= start < end <= 1, not {start!r} and {end!r}")
         self.every, self.kind, self.growth = every, kind, float(growth)
         self.total_steps, self.start, self.end = total_steps, start, end
-        quantizers = [layer.weight_quantizer for _, layer in quantized_layers(model)]
-        self._quantizers = [q for q in quantizers if hasattr(q, "temperature")]
+        layers = [layer for _, layer in quantized_layers(model)]
+        self._quantizers = [
+            q for layer in layers for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None
+        ]
+        self._warm = [layer.weight_quantizer for layer in layers if hasattr(layer.weight_quantizer, "temperature")]
 
     def temperature(self, step: int) -> float:
         """T at `step` (0 .. total_steps)."""
@@ -76,10 +80,12 @@ class Schedule:
         return 1 + (self.growth - 1) * math.sin(math.pi * u / 2)
 
     def step(self, step: int) -> float:
-        """Set T for `step`; return it."""
+        """Set T for `step` and tell every quantizer how far the run is; return T."""
         t = self.temperature(step)
-        for quantizer in self._quantizers:
+        for quantizer in self._warm:
             quantizer.temperature.fill_(t)  # type: ignore[operator]
+        for each in self._quantizers:
+            each.anneal(min(max(step / self.total_steps, 0.0), 1.0))
         return t
 
 

@@ -41,21 +41,24 @@ ACTIVATIONS: Registry[type[ActivationQuantizer]] = Registry(
 
 @dataclass(frozen=True)
 class Encoded:
-    """Quantized numbers: ``value = scale * code``.
+    """Quantized numbers: ``value = scale * code + offset``.
 
     `codes` is a float32 tensor of integers, whose type the quantizer tells (float weights stand for themselves);
-    `scale` is float32: one number or one per output channel.
+    `scale` and `offset` are float32: one number or one per output channel. Most methods have no offset (None).
     """
 
     codes: Tensor
     scale: Tensor
+    offset: Tensor | None = None
 
     def decode(self) -> Tensor:
-        """scale * code, in float32."""
-        scale = self.scale
-        if scale.ndim == 1:
-            scale = scale.view(-1, *[1] * (self.codes.ndim - 1))
-        return self.codes * scale
+        """scale * code, then + offset where there is one, each rounded to float32."""
+
+        def per_channel(x: Tensor) -> Tensor:
+            return x.view(-1, *[1] * (self.codes.ndim - 1)) if x.ndim == 1 else x
+
+        value = self.codes * per_channel(self.scale)
+        return value if self.offset is None else value + per_channel(self.offset)
 
 
 class WeightQuantizer(nn.Module):
@@ -82,6 +85,9 @@ class WeightQuantizer(nn.Module):
         """Kind and bits of the codes; None for float weights."""
         raise NotImplementedError
 
+    def attach(self, weight: Tensor) -> None:
+        """Called once, before `latent`, with the float weights: creates what depends on their shape. Nothing for most methods."""
+
     def latent(self, weight: Tensor) -> Tensor:
         """The trainable tensor to start from, given float weights of shape [O, ...]."""
         return weight.detach().clone()
@@ -97,6 +103,9 @@ class WeightQuantizer(nn.Module):
     def auxiliary_loss(self, latent: Tensor) -> Tensor | None:  # noqa: ARG002
         """A term for the training loss, or None."""
         return None
+
+    def anneal(self, progress: float) -> None:
+        """Called by `Schedule` before a step with the part of the run that is done, 0..1. Nothing for most methods."""
 
     def sharpen(self) -> None:
         """Go to the end of the method's annealing, where `fake` equals the hard weights. Nothing for most methods."""
@@ -126,6 +135,12 @@ class ActivationQuantizer(nn.Module):
         self.bits = bits
         self.register_buffer("zero_point", None, persistent=False)  # only pixels have one: a number per channel
 
+    def attach(self, channels: int) -> None:
+        """Called once with the number of input channels: creates what there is one of per channel. Nothing for most methods."""
+
+    def anneal(self, progress: float) -> None:
+        """Called by `Schedule` before a step with the part of the run that is done, 0..1. Nothing for most methods."""
+
     @property
     def code_type(self) -> Codes:
         """Kind and bits of the codes."""
@@ -133,8 +148,13 @@ class ActivationQuantizer(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """The step: value = scale * code; a float32 scalar."""
+        """The step: value = scale * code + offset; a float32 scalar."""
         raise NotImplementedError
+
+    @property
+    def offset(self) -> Tensor | None:
+        """What is added to scale * code; a float32 scalar, None for most methods. A padded position stays 0, not offset."""
+        return None
 
     @property
     def reciprocal(self) -> Tensor | None:
