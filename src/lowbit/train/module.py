@@ -1,0 +1,198 @@
+"""The Lightning module: one training step, one epoch's end, and what a checkpoint of it holds."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lowbit.train.batchnorm import calibrate_batchnorm, update_state_batchnorm
+from lowbit.train.data import ImageData
+from lowbit.train.prepare import FlipCounter, auxiliary_loss, parameter_groups, weight_statistics
+from lowbit.train.recipe import Recipe
+from lowbit.train.rundir import RunError, write_checkpoint, write_metrics
+from lowbit.train.schedule import Schedule
+from lowbit.train.tasks import Task
+
+__all__ = ["TrainingModule", "calibrate", "lr_factor", "network_checkpoint"]
+
+_log = logging.getLogger("lowbit.train")
+
+
+def calibrate(model: nn.Module, recipe: Recipe, x: Tensor) -> None:
+    """BN statistics of the hard network, on clean images; the two-statistics state BN keeps its own."""
+    if recipe.quantize.state_batchnorm:
+        return
+    device = next(model.parameters()).device
+    calibrate_batchnorm(model, (batch.to(device) for batch in torch.split(x, recipe.train.eval_batch_size)))
+
+
+def lr_factor(recipe: Recipe, steps_per_epoch: int, step: int) -> float:
+    """What the learning rate is multiplied with at a step."""
+    t = recipe.train
+    total, warm = t.epochs * steps_per_epoch, t.warmup * steps_per_epoch
+    factor = 1.0
+    if t.lr_schedule == "cosine":
+        u = (step - warm) / max(total - warm, 1)
+        factor = 0.5 * (1 + math.cos(math.pi * min(max(u, 0.0), 1.0)))
+    elif t.lr_schedule == "step":
+        factor = t.gamma ** sum(step >= m * steps_per_epoch for m in t.milestones)
+    return min(factor, (step + 1) / warm) if step < warm else factor
+
+
+class TrainingModule(L.LightningModule):
+    """One step, one epoch's end; everything else is Lightning's."""
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, task: Task, data: ImageData, calibration: Tensor, run_dir: Path
+    ) -> None:
+        super().__init__()
+        self.model, self.recipe, self.task = model, recipe, task
+        self._data, self._calibration, self.run_dir = data, calibration, run_dir
+        self.steps_per_epoch = 1
+        self.schedule: Schedule | None = None
+        self.flips = FlipCounter(model)
+        self.rows: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        self.after_epoch: Callable[[], None] = lambda: None
+        self._state_bn = recipe.quantize.state_batchnorm
+        self._channels_last = recipe.train.channels_last
+        self._by_step = recipe.schedule.every == "step"
+
+    def configure_optimizers(self) -> Any:
+        t = self.recipe.train
+        groups = parameter_groups(
+            self.model,
+            lr=t.lr,
+            weight_decay=t.weight_decay,
+            latent_lr_scale=t.latent_lr_scale,
+            latent_weight_decay=t.latent_weight_decay,
+        )
+        # clipping scales gradients before the step; one fused kernel a group is the fastest on CPU and GPU
+        optimizer: torch.optim.Optimizer
+        if t.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=t.lr, momentum=t.momentum, fused=True)
+        elif t.optimizer == "adam":
+            optimizer = torch.optim.Adam(groups, lr=t.lr, fused=True)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=t.lr, fused=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: lr_factor(self.recipe, self.steps_per_epoch, step)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        s, t = self.recipe.schedule, self.recipe.train
+        total = t.epochs * (self.steps_per_epoch if self._by_step else 1)
+        self.schedule = Schedule(
+            self.model, total_steps=total, every=s.every, growth=s.total_growth(t.epochs), kind=s.kind, start=s.start, end=s.end
+        )
+
+    def on_train_epoch_start(self) -> None:
+        # a network with random parts of its own draws the same numbers whether it was resumed or not
+        state = np.random.SeedSequence((self.recipe.seed, self.current_epoch)).generate_state(1)[0]
+        torch.manual_seed(int(state))
+        self.model.train()
+        self._loss = torch.zeros((), device=self.device)
+        self._score = torch.zeros((), device=self.device)
+        self._images = 0
+        self._clock = time.perf_counter()
+        if not self._by_step and self.schedule is not None:
+            self.schedule.step(self.current_epoch)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        if self._by_step and self.schedule is not None:
+            self.schedule.step(self.global_step)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+        x, y = batch
+        if self._channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        outputs = self.model(x)
+        loss = self.task.loss(outputs, y)
+        self._loss += loss.detach()
+        self._score += self.task.score(outputs, y)
+        self._images += len(y)
+        if self._state_bn:
+            update_state_batchnorm(self.model, x)
+        return loss + auxiliary_loss(self.model)
+
+    def on_train_epoch_end(self) -> None:
+        seconds = time.perf_counter() - self._clock
+        recipe, metric, epoch = self.recipe, self.task.metric, self.current_epoch
+        weights = weight_statistics(self.model)
+        steps = self.steps_per_epoch
+        row: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "step": self.global_step,
+            "lr": recipe.train.lr * lr_factor(recipe, steps, self.global_step - 1),
+            "train_loss": float(self._loss) / steps,
+            f"train_{metric}": float(self._score) / max(self._images, 1),
+            "gap": weights.gap,
+            "temperature": weights.temperature,
+            **self.flips.update(),
+            "images_per_second": self._images / seconds,
+            "seconds": seconds,
+        }
+        if not math.isfinite(row["train_loss"]):
+            raise RunError(f"epoch {epoch + 1}: the training loss is {row['train_loss']}; try a lower train.lr")
+        last = epoch + 1 == recipe.train.epochs
+        if not recipe.train.final and (last or (epoch + 1) % recipe.train.validate_every == 0):
+            calibrate(self.model, recipe, self._calibration)
+            found = self._evaluate(self._data.val_x, self._data.val_y)
+            row["val_loss"], row[f"val_{metric}"] = found["loss"], found[metric]
+            if not self.best or found[metric] > self.best[metric]:
+                self.best = {"epoch": epoch + 1, **found}
+                write_checkpoint(
+                    self.run_dir / "checkpoints" / "best.ckpt", network_checkpoint(self.model, recipe, epoch + 1)
+                )
+        self.rows.append(row)
+        write_metrics(self.run_dir / "metrics.csv", self.rows, metric)
+        self.after_epoch()
+        shown = {k: v for k, v in row.items() if v is not None and k not in ("epoch", "step")}
+        if self.logger is not None:
+            self.logger.log_metrics(shown, step=epoch + 1)
+        for key in (f"val_{metric}", "gap"):
+            if key in shown:
+                self.log(key, shown[key], prog_bar=True, logger=False)
+        val = f", val {row[f'val_{metric}']:.4f}" if f"val_{metric}" in row else ""
+        _log.info(
+            "epoch %d/%d: loss %.4f, train %s %.4f%s, gap %.4f, flips %.4f, %.0f images/s",
+            epoch + 1,
+            recipe.train.epochs,
+            row["train_loss"],
+            metric,
+            row[f"train_{metric}"],
+            val,
+            row["gap"],
+            row["flips_start"],
+            row["images_per_second"],
+        )
+
+    def _evaluate(self, x: Tensor, y: Tensor) -> Mapping[str, Any]:
+        self.model.eval()
+        try:
+            return self.task.evaluate(self.model, x, y, self.recipe.train.eval_batch_size)
+        finally:
+            self.model.train()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["lowbit"] = {"flips": self.flips.state_dict(), "rows": self.rows, "best": self.best}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = checkpoint["lowbit"]
+        self.flips.load_state_dict(own["flips"])
+        self.rows, self.best = own["rows"], own["best"]
+
+
+def network_checkpoint(model: nn.Module, recipe: Recipe, epoch: int) -> dict[str, Any]:
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    return {"state_dict": state, "recipe": recipe.plain(), "epoch": epoch}
