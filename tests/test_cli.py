@@ -135,7 +135,7 @@ def test_every_verb_has_help_with_an_example(call: Call) -> None:
     code, text, _ = call("--help")
     assert code == 0
     verbs = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
-    assert len(verbs) == 8
+    assert len(verbs) == 9
     for verb in verbs:
         assert verb in text
         code, own, _ = call(verb, "--help")
@@ -151,6 +151,7 @@ def test_version(call: Call) -> None:
     ("kind", "expected"),
     [
         ("recipes", "recipes/fashion-mnist/bireal14-w1a1-slb-demo.yaml"),
+        ("tables", "recipes/tables/fashion-mnist-bits.yaml"),
         ("models", "bireal_resnet14"),
         ("methods", "slb"),
         ("datasets", "image_folder"),

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +23,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from lowbit.inspect import Contents
+    from lowbit.train.compare import Event, Step
     from lowbit.train.export import Export
 
 app = typer.Typer(
@@ -392,6 +393,136 @@ def bench(
     _warn(result["warnings"])
 
 
+# --------------------------------------------------------------------------------------------- compare
+
+
+@app.command(
+    epilog="Examples: lowbit compare recipes/tables/fashion-mnist-bits.yaml --seeds 3   |   "
+    "lowbit compare TABLE --check-one   |   lowbit compare TABLE --tune"
+)
+def compare(
+    file: Annotated[Path, typer.Argument(help="A table of recipes (YAML).", metavar="TABLE")],
+    seeds: Annotated[int | None, typer.Option(help="Seeds of each cell; by default the table's.", min=1)] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Cells at once; by default one for each GPU, else for each core.", min=1)
+    ] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Where the runs go; by default runs/ and the table's name.")
+    ] = None,
+    cells_dir: Annotated[
+        Path,
+        typer.Option("--cells", help="Where results go: one small file a cell, and the table as JSON, Markdown, HTML."),
+    ] = Path("results"),
+    only: Annotated[list[str] | None, typer.Option(metavar="LABEL", help="These cells only. Repeatable.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of every cell's recipe. Repeatable."),
+    ] = None,
+    test: Annotated[
+        bool, typer.Option("--test/--no-test", help="Evaluate each final network on the test images, once.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is done and what would run, and end.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check-one", help="Run one finished cell again, drawn by chance, and compare the results.")
+    ] = False,
+    check_seed: Annotated[int | None, typer.Option(help="Draw the same cell again.", min=0)] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Difference that passes the check, in the table's unit; by default see the check.", min=0),
+    ] = None,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Run cells again whose recipe has changed since their result.")
+    ] = False,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Run the table's tries instead, on the held-out images, never the test images."),
+    ] = False,
+) -> None:
+    """Train every cell of a table over seeds, resumably and in parallel; means, paired differences, one HTML page.
+
+    Cells whose result is there are not run again.
+    """
+    from lowbit.train import compare as runner
+    from lowbit.train.table import load_table
+
+    if tune and (check or seeds):
+        raise typer.BadParameter("--tune goes without --check-one and --seeds")
+    table = load_table(file, changes or ())
+    places = runner.Places(out_dir or Path("runs") / table.name, cells_dir / table.name)
+    if tune:
+        places, test = places.below("tune"), False
+    wanted = table.tries(only or ()) if tune else table.cells(seeds, only or ())
+    steps = runner.plan(wanted, places, test=test, refresh=refresh)
+    executor = runner.LocalExecutor(jobs, wanted[0].recipe.train.device)
+    if dry_run:
+        _print_plan(steps, runner.read_results(wanted, places), executor.slots)
+        return
+    runner.refuse(steps)
+    runner.check_data(steps, test)
+    with _cell_lines() as show:
+        failures = runner.run(table.name, steps, places, executor, test=test, refresh=refresh, on_event=show)
+    for failure in failures:
+        where = f" (log: {failure.log})" if failure.log else ""
+        err.print(f"[red]failed:[/] {escape(f'{failure.cell.title}: {failure.error}{where}')}", soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _print_plan(steps: Sequence[Step], results: Mapping[Any, Mapping[str, Any]], jobs: int) -> None:
+    from lowbit.train.compare import Action, estimate
+
+    table = Table(show_header=True)
+    for heading in ("cell", "what it needs", ""):
+        table.add_column(heading, overflow="fold")
+    for step in steps:
+        table.add_row(escape(step.cell.title), step.action.value, escape(step.why))
+    out.print(table)
+    to_run = sum(step.action in (Action.run, Action.resume, Action.overwrite) for step in steps)
+    seconds = estimate(steps, list(results.values()), jobs)
+    about = f", about {_duration(seconds)} with {jobs} at once" if seconds else ""
+    out.print(f"{len(steps)} cells, {to_run} to train{about}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def _cell_lines() -> Iterator[Callable[[Event], None]]:
+    """A line with a bar for each cell under way; where standard error is no terminal, lines as things happen."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("epoch"),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    words = {
+        "start": "started",
+        "wait": "is trained by another process; waiting",
+        "finish": "finished",
+        "fail": "failed",
+    }
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        lines: dict[tuple[str, str], Any] = {}
+
+        def show(event: Event) -> None:
+            key = event.cell.key
+            if event.kind == "start":
+                lines[key] = bars.add_task(escape(event.cell.title), total=event.total)
+            elif event.kind == "epoch" and key in lines:
+                bars.update(lines[key], completed=event.done)
+            elif event.kind in ("finish", "fail", "retry") and key in lines:
+                bars.remove_task(lines.pop(key))
+            if event.kind != "epoch" and not (event.kind == "start" and err.is_terminal):
+                said = words.get(event.kind, event.kind) + (f": {event.text}" if event.text else "")
+                err.print(f"{escape(event.cell.title)}: {escape(said)}", soft_wrap=True, highlight=False)
+
+        yield show
+
+
 # --------------------------------------------------------------------------------------------- report, list
 
 
@@ -422,6 +553,7 @@ class Kind(StrEnum):
     """What there are lists of."""
 
     recipes = "recipes"
+    tables = "tables"
     models = "models"
     methods = "methods"
     datasets = "datasets"
@@ -431,7 +563,7 @@ class Kind(StrEnum):
 
 @app.command("list", epilog="Example: lowbit list methods")
 def list_(kind: Annotated[Kind | None, typer.Argument(help="What to list; by default everything.")] = None) -> None:
-    """List what there is: recipes in this folder, models, methods, data sets, ops, instruction sets."""
+    """List what there is: recipes and tables in this folder, models, methods, data sets, ops, instruction sets."""
     for wanted in [kind] if kind else list(Kind):
         try:
             rows = _LISTS[wanted]()
@@ -449,17 +581,22 @@ def list_(kind: Annotated[Kind | None, typer.Argument(help="What to list; by def
             out.print()
 
 
-def _recipes() -> list[tuple[str, str]]:
+def _recipes(tables: bool = False) -> list[tuple[str, str]]:
     import yaml
 
     rows = []
-    for path in sorted(Path("recipes").rglob("*.yaml")):
+    for path in sorted(path for path in Path("recipes").rglob("*.yaml") if (path.parent.name == "tables") is tables):
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-            rows.append((str(path), str(tree.get("description", ""))))
+            rows.append((str(path), str((tables and tree.get("title")) or tree.get("description", ""))))
         except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
             rows.append((str(path), "not a recipe"))
-    return rows or [("", "none: recipes are looked for in ./recipes, the folder of lowbit's repository")]
+    place = "recipes/tables" if tables else "recipes"
+    return rows or [("", f"none: they are looked for in ./{place}, in the folder of lowbit's repository")]
+
+
+def _tables() -> list[tuple[str, str]]:
+    return _recipes(tables=True)
 
 
 def _about(registry: Any) -> list[tuple[str, str]]:
@@ -499,6 +636,7 @@ def _isas() -> list[tuple[str, str]]:
 
 _LISTS: Final[dict[Kind, Callable[[], list[tuple[str, str]]]]] = {
     Kind.recipes: _recipes,
+    Kind.tables: _tables,
     Kind.models: _models,
     Kind.methods: _methods,
     Kind.datasets: _datasets,

@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -17,6 +17,7 @@ from pydantic.errors import PydanticUserError
 from torch import nn
 
 from lowbit.train.registry import nearest
+from lowbit.train.schedule import published_growth
 
 __all__ = [
     "DataConfig",
@@ -36,7 +37,9 @@ class RecipeError(ValueError):
     """A recipe that can't be used; the message names the file, the key and what would be right."""
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A section: unknown keys are refused, nothing changes later."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
@@ -53,7 +56,7 @@ class ModelConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
-class QuantizeConfig(_Strict):
+class QuantizeConfig(Strict):
     """Arguments of ``prepare``; see there."""
 
     method: str = "slb"
@@ -69,7 +72,7 @@ class QuantizeConfig(_Strict):
     activation_options: dict[str, Any] = Field(default_factory=dict)
 
 
-class AugmentConfig(_Strict):
+class AugmentConfig(Strict):
     """Random shift by up to ``crop`` pixels, mirroring of half of the images."""
 
     crop: Annotated[int, Field(ge=0)] = 0
@@ -91,7 +94,7 @@ class DataConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
-class TrainConfig(_Strict):
+class TrainConfig(Strict):
     """How long, how fast, on what.
 
     Attributes:
@@ -152,14 +155,30 @@ class TrainConfig(_Strict):
         return self
 
 
-class ScheduleConfig(_Strict):
-    """SLB's temperature; nothing for methods without one. See ``Schedule``."""
+class ScheduleConfig(Strict):
+    """SLB's temperature; nothing for methods without one. See ``Schedule``.
+
+    ``growth`` is T at the end, 1000 by default; or ``speed`` is what T is multiplied with in every epoch between start
+    and end, as the paper has it (then T at the end depends on the number of epochs, see ``published_growth``).
+    """
 
     kind: Literal["exponential", "linear", "sine"] = "exponential"
-    growth: Annotated[float, Field(ge=1)] = 1000.0
+    growth: Annotated[float, Field(ge=1)] | None = None
+    speed: Annotated[float, Field(ge=1)] | None = None
     start: Annotated[float, Field(ge=0, lt=1)] = 0.0
     end: Annotated[float, Field(gt=0, le=1)] = 0.9
     every: Literal["step", "epoch"] = "step"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _growth_or_speed(cls, tree: Any) -> Any:
+        if isinstance(tree, dict):
+            given = [key for key in ("growth", "speed") if tree.get(key) is not None]
+            if len(given) == 2:
+                raise ValueError("give growth (T at the end) or speed (T's factor for each epoch), not both")
+            if not given:
+                return {**tree, "growth": 1000.0}
+        return tree
 
     @model_validator(mode="after")
     def _agree(self) -> ScheduleConfig:
@@ -167,8 +186,14 @@ class ScheduleConfig(_Strict):
             raise ValueError(f"start {self.start} must come before end {self.end}")
         return self
 
+    def total_growth(self, epochs: int) -> float:
+        """T at the end of a run of ``epochs``."""
+        if self.speed is not None:
+            return published_growth(self.speed, epochs, self.start, self.end)
+        return 1000.0 if self.growth is None else self.growth
 
-class Recipe(_Strict):
+
+class Recipe(Strict):
     """Everything a training run depends on."""
 
     name: str
@@ -205,24 +230,28 @@ def differing_keys(one: Recipe, other: Recipe) -> list[str]:
     return sorted(key for key in {*a, *b} if a.get(key, missing) != b.get(key, missing))
 
 
-def _fields(where: Sequence[str | int]) -> list[str]:
-    """Known keys of the section a dotted path leads to."""
-    section: type[BaseModel] = Recipe
+def _fields(where: Sequence[str | int], root: type[BaseModel]) -> list[str]:
+    """Known keys of the section a dotted path leads to, through optional sections and mappings of sections."""
+    section: Any = root
     for part in where:
-        annotation = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
-        if not (inspect.isclass(annotation) and issubclass(annotation, BaseModel)):
-            return []
-        section = annotation
-    return list(section.model_fields)
+        if inspect.isclass(section) and issubclass(section, BaseModel):
+            section = section.model_fields[str(part)].annotation if str(part) in section.model_fields else None
+        else:
+            section = (get_args(section) or (None,))[-1]  # of a mapping's values
+        inner = [a for a in get_args(section) if inspect.isclass(a) and issubclass(a, BaseModel)]
+        if type(None) in get_args(section) and inner:
+            section = inner[0]
+    return list(section.model_fields) if inspect.isclass(section) and issubclass(section, BaseModel) else []
 
 
-def _explain(error: ValidationError) -> str:
+def explain_validation(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first of pydantic's complaints about a ``root`` in one line: the dotted key, and what would be right."""
     first = error.errors()[0]
     where = first["loc"]
     key = ".".join(str(part) for part in where)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}: {nearest(str(where[-1]), _fields(where[:-1]))}{more}"
+        return f"unknown key {key!r}: {nearest(str(where[-1]), _fields(where[:-1], root))}{more}"
     if first["type"] == "missing":
         return f"key {key!r} is missing{more}"
     message = first["msg"].removeprefix("Value error, ")
@@ -297,7 +326,7 @@ def parse_recipe(tree: Any, source: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(tree)
         _check_names(recipe)
     except ValidationError as error:
-        raise RecipeError(f"{source}: {_explain(error)}") from None
+        raise RecipeError(f"{source}: {explain_validation(error, Recipe)}") from None
     except ValueError as error:
         raise RecipeError(f"{source}: {error}") from None
     return recipe
@@ -333,18 +362,41 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def _set(tree: dict[str, Any], assignment: str) -> None:
-    key, equals, text = assignment.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"--set {assignment!r}: write key.subkey=value, for example train.epochs=3")
+def assign(tree: dict[str, Any], key: str, value: Any, what: str) -> None:
+    """Put ``value`` at the dotted ``key`` of a tree, in place of what is there; sections are made on the way.
+
+    Raises:
+        RecipeError: a part of the way is no section; ``what`` in front.
+    """
     *path, last = key.strip().split(".")
     section = tree
     for part in path:
         inner = section.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise RecipeError(f"--set {assignment!r}: {part!r} is not a section")
+            raise RecipeError(f"{what}: {part!r} is not a section")
         section = inner
-    section[last] = _parse_yaml(text, f"--set {assignment!r}")
+    section[last] = value
+
+
+def assign_text(tree: dict[str, Any], assignment: str) -> None:
+    """``assign`` from the command line's ``key.subkey=value``; the value is YAML."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {assignment!r}: write key.subkey=value, for example train.epochs=3")
+    assign(tree, key, _parse_yaml(text, f"--set {assignment!r}"), f"--set {assignment!r}")
+
+
+def read_yaml(path: Path, what: str = "recipe") -> Any:
+    """The plain content of a YAML file, with the rules recipes have: no key twice, 1e-4 is a number.
+
+    Raises:
+        RecipeError: no such file (``what`` it is to hold is said), not YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: can't read this {what} ({getattr(error, 'strerror', None) or error})") from None
+    return _parse_yaml(text, str(path))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -353,13 +405,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: no such file, not YAML, an unknown or impossible key; one error, the file's name in front.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: can't read this recipe ({getattr(error, 'strerror', None) or error})") from None
-    tree = _parse_yaml(text, str(path))
+    tree = read_yaml(Path(path))
     if isinstance(tree, dict):
         for assignment in overrides:
-            _set(tree, assignment)
+            assign_text(tree, assignment)
     return parse_recipe(tree, str(path))
