@@ -141,11 +141,14 @@ def test_a_single_layer_can_be_prepared() -> None:
     ("change", "message"),
     [
         ({"method": "slab"}, "did you mean 'slb'"),
-        ({"weight_bits": 3}, "1, 2, 4 weight bits, not 3"),
-        ({"method": "sign", "weight_bits": 2}, "1 weight bits, not 2"),
+        ({"weight_bits": 3}, "'slb' has 1, 2, 4 weight bits, not 3"),
+        ({"method": "sign", "weight_bits": 2}, "'sign' has 1 weight bit, not 2: methods with 2 weight bits are .*slb"),
         ({"activation_bits": 3}, "activation_bits is one of"),
         ({"activation": "relu"}, "unknown activation quantizer"),
-        ({"activation": "sign", "activation_bits": 2}, "1 activation bits, not 2"),
+        (
+            {"activation": "sign", "activation_bits": 2},
+            "'sign' has 1 activation bit, not 2: activations with 2 activation bits are dorefa",
+        ),
         ({"edges": "int4"}, "edges is"),
         ({"residual_dtype": "bfloat16"}, "residual_dtype is"),
         ({"skip": ["block.*"]}, "'block.\\*' matches no"),

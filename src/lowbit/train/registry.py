@@ -76,6 +76,10 @@ class Registry(Generic[T]):
         except KeyError:
             raise ValueError(f"unknown {self.kind} {name!r}: {nearest(name, self.names())}") from None
 
+    def name_of(self, entry: object) -> str | None:
+        """The name under which `entry` is registered; None where it is not."""
+        return next((name for name, known in self._entries.items() if known is entry), None)
+
     def names(self) -> list[str]:
         """Every known name, sorted."""
         return sorted({*self._entries, *self._modules})

@@ -7,8 +7,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,13 @@ from lowbit.train.registry import Registry
 WEIGHTS: Registry[type[WeightQuantizer]] = Registry(
     "weight quantizer",
     {
+        "bireal": "lowbit.train.quantizers.bireal",
         "float": "lowbit.train.quantizers.float",
         "int8": "lowbit.train.quantizers.int8",
+        "irnet": "lowbit.train.quantizers.irnet",
         "sign": "lowbit.train.quantizers.sign",
         "slb": "lowbit.train.quantizers.slb",
+        "xnor": "lowbit.train.quantizers.xnor",
     },
 )
 """Weight quantizers by the name that `prepare(method=...)` takes."""
@@ -32,6 +36,7 @@ ACTIVATIONS: Registry[type[ActivationQuantizer]] = Registry(
     {
         "dorefa": "lowbit.train.quantizers.dorefa",
         "int8": "lowbit.train.quantizers.int8",
+        "irnet": "lowbit.train.quantizers.irnet",
         "pact": "lowbit.train.quantizers.pact",
         "sign": "lowbit.train.quantizers.sign",
     },
@@ -53,16 +58,18 @@ class Encoded:
 
     def decode(self) -> Tensor:
         """scale * code, then + offset where there is one, each rounded to float32."""
-
-        def per_channel(x: Tensor) -> Tensor:
-            return x.view(-1, *[1] * (self.codes.ndim - 1)) if x.ndim == 1 else x
-
-        value = self.codes * per_channel(self.scale)
-        return value if self.offset is None else value + per_channel(self.offset)
+        value = self.codes * per_channel(self.scale, self.codes)
+        return value if self.offset is None else value + per_channel(self.offset, self.codes)
 
 
 class WeightQuantizer(nn.Module):
     """Base of the weight quantizers. The layer owns the trainable `latent`; the quantizer interprets it.
+
+    Attributes:
+        allowed_bits: the weight bits the method has.
+        decayed: names of the quantizer's own parameters that take the weight decay of ordinary weights; others take none.
+        real_latent: `latent` are real weights of the weights' own shape, which a network of another such method can start from.
+        binary_start: the method fine-tunes: the trainer refuses it without a trained network of 1-bit weights to start from.
 
     Args:
         bits: weight bits K.
@@ -71,13 +78,14 @@ class WeightQuantizer(nn.Module):
         ValueError: the method has no such number of bits.
     """
 
-    allowed_bits: tuple[int, ...] = ()
+    allowed_bits: ClassVar[tuple[int, ...]] = ()
+    decayed: ClassVar[tuple[str, ...]] = ()
+    real_latent: ClassVar[bool] = True
+    binary_start: ClassVar[bool] = False
 
     def __init__(self, bits: int) -> None:
         super().__init__()
-        if bits not in self.allowed_bits:
-            names = ", ".join(map(str, self.allowed_bits))
-            raise ValueError(f"{type(self).__name__} has {names} weight bits, not {bits!r}")
+        _check_bits(type(self), bits, WEIGHTS, "method", "weight")
         self.bits = bits
 
     @property
@@ -100,6 +108,10 @@ class WeightQuantizer(nn.Module):
         """The integers that the network runs with."""
         raise NotImplementedError
 
+    def mapping_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of a network of the quantizer's own, which can be warmed up alone. None for most methods."""
+        return iter(())
+
     def auxiliary_loss(self, latent: Tensor) -> Tensor | None:  # noqa: ARG002
         """A term for the training loss, or None."""
         return None
@@ -120,18 +132,21 @@ class ActivationQuantizer(nn.Module):
     Args:
         bits: activation bits B.
 
+    Attributes:
+        allowed_bits: the B that the method has.
+        decayed: names of the quantizer's own parameters that take the weight decay of ordinary weights; others take none.
+
     Raises:
         ValueError: the method has no such number of bits.
     """
 
-    allowed_bits: tuple[int, ...] = ()
+    allowed_bits: ClassVar[tuple[int, ...]] = ()
+    decayed: ClassVar[tuple[str, ...]] = ()
     zero_point: Tensor | None
 
     def __init__(self, bits: int) -> None:
         super().__init__()
-        if bits not in self.allowed_bits:
-            names = ", ".join(map(str, self.allowed_bits))
-            raise ValueError(f"{type(self).__name__} has {names} activation bits, not {bits!r}")
+        _check_bits(type(self), bits, ACTIVATIONS, "activation", "activation")
         self.bits = bits
         self.register_buffer("zero_point", None, persistent=False)  # only pixels have one: a number per channel
 
@@ -176,6 +191,30 @@ class ActivationQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}"
+
+
+def _check_bits(quantizer: type[nn.Module], bits: int, registry: Registry[Any], kind: str, what: str) -> None:
+    allowed: tuple[int, ...] = quantizer.allowed_bits  # type: ignore[assignment]
+    if type(bits) is int and bits in allowed:
+        return
+    name = registry.name_of(quantizer) or quantizer.__name__
+    others = [n for n in registry if bits in registry.get(n).allowed_bits]
+    numbers = ", ".join(map(str, allowed))
+    raise ValueError(
+        f"the {kind} {name!r} has {numbers} {what} bit{'s' * (allowed != (1,))}, not {bits!r}: {kind}s with {bits!r} {what} "
+        f"bit{'s' * (bits != 1)} are {', '.join(others) or 'not to be had'}"
+    )
+
+
+def per_channel(x: Tensor, like: Tensor) -> Tensor:
+    """One number per output channel, [O], in the shape in which it broadcasts over weights [O, ...]; scalars stay."""
+    return x.view(-1, *[1] * (like.ndim - 1)) if x.ndim == 1 else x
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """mean |W_o| per output channel o, shape [O], without a gradient: the scale that is nearest to W_o with sign(W_o)
+    (XNOR-Net, 1603.05279, equation 6)."""
+    return weight.detach().float().abs().mean(dim=tuple(range(1, weight.ndim)))
 
 
 def sign(x: Tensor) -> Tensor:
