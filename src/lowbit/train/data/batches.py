@@ -1,10 +1,11 @@
-"""Batches from images that lie in memory, and augmentation on whole batches.
+"""Training batches: what the trainer asks of them, and those of images that lie in memory, augmented a batch at a time.
 
 Every random choice is a function of (seed, epoch, batch) alone, so a resumed run sees what an uninterrupted one would.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Augment", "Batches", "random_crop_flip", "rounds"]
+__all__ = ["Augment", "Batches", "TrainingBatches", "generator_of", "random_crop_flip", "rounds"]
 
 
-def _generator(*key: int) -> torch.Generator:
+def generator_of(*key: int) -> torch.Generator:
     """A generator for a tuple of integers; neighbouring tuples give unrelated streams."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
@@ -23,13 +24,23 @@ def _generator(*key: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random shift by up to ``crop`` pixels each way (padding is the zero point, 0 after normalisation) and flip."""
+    """What is done to each training image at random.
+
+    Attributes:
+        crop: shift by up to this many pixels each way (padding is the zero point, 0 after normalisation).
+        flip: mirror half of the images left to right.
+        resized_crop: share of the image's area that is cut out and resized, smallest and largest; None for no such cut.
+            For data sets that are decoded image by image; those in memory have their final size and take ``crop``.
+        ratio: width / height of the cut, smallest and largest.
+    """
 
     crop: int = 0
     flip: bool = False
+    resized_crop: tuple[float, float] | None = None
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __bool__(self) -> bool:
-        return self.crop > 0 or self.flip
+        return self.crop > 0 or self.flip or self.resized_crop is not None
 
 
 def random_crop_flip(x: Tensor, augment: Augment, zero_point: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -63,18 +74,71 @@ def random_crop_flip(x: Tensor, augment: Augment, zero_point: tuple[int, ...], g
     return picked.permute(0, 3, 1, 2).contiguous()
 
 
-class Batches:
-    """Training batches: a fresh permutation each epoch, augmented, the incomplete last batch dropped.
+class TrainingBatches(ABC):
+    """Pairs (images, labels) for one epoch after the other, every batch full, the same number of them on every rank.
+
+    An epoch is a permutation of the N images, cut into pieces of ``batch_size``; rank r of W takes the pieces r, r + W,
+    r + 2 W, ...: together the ranks see what one process sees that adds up the gradients of W pieces. What does not fill
+    a piece for every rank is left out of this epoch, so that no rank runs out before the others.
 
     Lightning calls ``sampler.set_epoch``; this object is its own sampler.
 
     Args:
+        count: N.
+        batch_size: images in a batch of one rank.
+        rank, world_size: which share of each epoch this is.
+
+    Raises:
+        ValueError: no batch can be filled, or there is no such rank.
+    """
+
+    def __init__(self, count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank = {rank} of {world_size}")
+        if not 0 < batch_size * world_size <= count:
+            ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
+            raise ValueError(f"batch_size = {batch_size}{ranks}, but there are {count} training images")
+        self.count, self.batch_size = count, batch_size
+        self.rank, self.world_size = rank, world_size
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> TrainingBatches:
+        """Where Lightning looks for ``set_epoch``."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next; 0 is the first."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count // (self.batch_size * self.world_size)
+
+    def pieces(self) -> Iterator[tuple[int, slice]]:
+        """This rank's pieces of the epoch's permutation: (number of the piece, where it lies)."""
+        for step in range(len(self)):
+            piece = step * self.world_size + self.rank
+            yield piece, slice(piece * self.batch_size, (piece + 1) * self.batch_size)
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch ``self.epoch``."""
+
+
+class Batches(TrainingBatches):
+    """Batches of images in memory: a fresh permutation each epoch, augmented.
+
+    Args:
         x: u8 ``[N, C, H, W]``.
         y: int64 ``[N]``.
-        batch_size: images in a batch; all batches are full.
+        batch_size: images in a batch of one rank; all batches are full.
         seed: seed of permutations and augmentation.
         augment: None, or what to do to each image.
         zero_point: padding value of each channel, for the crop.
+        rank, world_size: see ``TrainingBatches``.
+
+    Raises:
+        ValueError: no batch can be filled, no such rank, or ``augment.resized_crop``.
     """
 
     def __init__(
@@ -85,34 +149,23 @@ class Batches:
         seed: int = 0,
         augment: Augment | None = None,
         zero_point: tuple[int, ...] = (0,),
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        if not 0 < batch_size <= len(x):
-            raise ValueError(f"batch_size = {batch_size}, but there are {len(x)} training images")
-        self.x, self.y = x, y
-        self.batch_size, self.seed = batch_size, seed
+        super().__init__(len(x), batch_size, rank, world_size)
+        if augment is not None and augment.resized_crop is not None:
+            raise ValueError("resized_crop cuts images out as they are decoded; these lie in memory, use crop")
+        self.x, self.y, self.seed = x, y, seed
         self.augment, self.zero_point = augment, zero_point
-        self.epoch = 0
-
-    @property
-    def sampler(self) -> Batches:
-        """Where Lightning looks for ``set_epoch``."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch comes next; 0 is the first."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.x) // self.batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = self.epoch
-        order = torch.randperm(len(self.x), generator=_generator(self.seed, epoch))
-        for step in range(len(self)):
-            index = order[step * self.batch_size : (step + 1) * self.batch_size]
+        order = torch.randperm(len(self.x), generator=generator_of(self.seed, epoch))
+        for piece, where in self.pieces():
+            index = order[where]
             x = self.x[index]
             if self.augment:
-                x = random_crop_flip(x, self.augment, self.zero_point, _generator(self.seed, epoch, step))
+                x = random_crop_flip(x, self.augment, self.zero_point, generator_of(self.seed, epoch, piece))
             yield x, self.y[index]
 
 

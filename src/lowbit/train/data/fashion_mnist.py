@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
-import tempfile
-import urllib.error
-import urllib.request
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit.train.data import DATASETS
+from lowbit.train.data import DATASETS, download
+from lowbit.train.data.download import fetch
 from lowbit.train.data.images import DataError, ImageData
 
 __all__ = ["CLASSES", "fashion_mnist", "find_folder", "read_idx"]
@@ -52,8 +50,7 @@ SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian package data
 
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/lowbit/fashion-mnist``, by default below ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "lowbit" / "fashion-mnist"
+    return download.cache_folder("fashion-mnist")
 
 
 def _way_out(path: Path) -> str:
@@ -130,45 +127,23 @@ def find_folder(root: str | Path | None = None) -> Path:
     return _download(cache_folder())
 
 
+def _problem(path: Path, digest: str) -> str | None:
+    try:
+        found = hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        return str(error)
+    return None if found == digest else f"SHA-256 {found[:12]}..., expected {digest[:12]}..."
+
+
 def _download(folder: Path) -> Path:
     """Fetch what is missing into ``folder``; every file is checked before it takes its name."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, digest in SHA256.items():
-            if not (folder / name).is_file():
-                _fetch(name, digest, folder)
-    except OSError as error:
-        raise DataError(f"{folder}: can't keep Fashion-MNIST here ({error}); set XDG_CACHE_HOME or data.root") from None
-    return folder
-
-
-def _fetch(name: str, digest: str, folder: Path) -> None:
-    problems = []
-    for mirror in MIRRORS:
-        try:
-            with urllib.request.urlopen(mirror + name, timeout=30) as response:
-                packed = response.read()
-            found = hashlib.sha256(gzip.decompress(packed)).hexdigest()
-        except (urllib.error.URLError, TimeoutError, ConnectionError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            problems.append(f"{mirror}: {error}")
-            continue
-        if found != digest:
-            problems.append(f"{mirror}: SHA-256 {found[:12]}..., expected {digest[:12]}...")
-            continue
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", delete=False) as stream:
-            temporary = Path(stream.name)
-            try:
-                stream.write(packed)
-                stream.flush()
-                temporary.replace(folder / name)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-        return
-    raise DataError(
-        f"{folder / name}: not here and not to be fetched ({'; '.join(problems)}). Install the Debian package "
-        "dataset-fashion-mnist, or put the four .gz files into that folder or into data.root"
+    otherwise = (
+        "Install the Debian package dataset-fashion-mnist, or put the four .gz files into that folder or into data.root"
     )
+    for name, digest in SHA256.items():
+        if not (folder / name).is_file():
+            fetch(name, MIRRORS, folder, partial(_problem, digest=digest), otherwise)
+    return folder
 
 
 @DATASETS.register("fashion_mnist")

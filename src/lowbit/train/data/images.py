@@ -1,18 +1,24 @@
-"""What a classification data set is to the library: u8 images, labels, a fixed split, integer zero points."""
+"""What a data set is to the library: batches to train on, to evaluate and to calibrate; and the kind that lies in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DataError", "ImageData", "split_indices"]
+from lowbit.train.data.batches import Augment, Batches, TrainingBatches, rounds
+
+__all__ = ["DataError", "DataSource", "ImageData", "Labelled", "Part", "split_indices"]
 
 Labelled = tuple[Tensor, Tensor]
+Part = Literal["train", "full", "val", "test"]
+"""``full`` is ``train`` and ``val`` together: for a final run whose settings are fixed."""
 
 
 class DataError(ValueError):
@@ -30,13 +36,11 @@ def split_indices(count: int, validation: int, seed: int) -> tuple[Tensor, Tenso
     return picked[validation:], picked[:validation]
 
 
-@dataclass
-class ImageData:
-    """Images with one label each.
+class DataSource(ABC):
+    """What training, evaluation and export ask of a data set. Images are u8 ``[N, C, H, W]``, labels int64 ``[N]``.
 
-    Images are u8 ``[N, C, H, W]`` and labels int64 ``[N]``. The network sees ``(pixel - zero_point[c]) * scale``, with
-    integer zero points, so that an 8-bit first layer gets exact integers and padding with the zero point is zero.
-    Nothing is read before it is asked for; the test images are read only through ``test_x`` and ``test_y``.
+    The network sees ``(pixel - zero_point[c]) * scale``, with integer zero points, so that an 8-bit first layer gets exact
+    integers and padding with the zero point is zero. All iterables may be gone through again and give the same.
 
     Attributes:
         name: the data set's name.
@@ -44,12 +48,75 @@ class ImageData:
         shape: ``(C, H, W)`` of every image.
         zero_point: one integer for each channel (the rounded mean of the training pixels).
         scale: one factor for all channels (1 / standard deviation of the training pixels).
+        has_test: False where no images are set apart for a test; asking for them then raises DataError.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    zero_point: tuple[int, ...]
+    scale: float
+    has_test: bool
+
+    @abstractmethod
+    def count(self, part: Part) -> int:
+        """How many images a part has."""
+
+    @abstractmethod
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        part: Literal["train", "full"] = "train",
+        seed: int = 0,
+        augment: Augment | None = None,
+        workers: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> TrainingBatches:
+        """Batches to train on.
+
+        Args:
+            batch_size: images in a batch of one rank.
+            part: "train", or "full" for the held-out images too.
+            seed: of permutations and augmentation.
+            augment: what to do to each image.
+            workers: processes that load images, where they don't lie in memory; 0 for none, None for one on each core.
+            rank, world_size: this process's share of each epoch, see ``TrainingBatches``.
+
+        Raises:
+            DataError: this kind of augmentation is not for this data set. ValueError: no batch can be filled.
+        """
+
+    @abstractmethod
+    def evaluation(
+        self, part: Part, batch_size: int, *, workers: int | None = None, rank: int = 0, world_size: int = 1
+    ) -> Iterable[Labelled]:
+        """Every image of a part once, as it is, in a fixed order; every ``world_size``-th from ``rank`` on."""
+
+    @abstractmethod
+    def calibration(self, count: int, batch_size: int, *, workers: int | None = None) -> Iterable[Tensor]:
+        """The same ``count`` training images (or all, where there are fewer) every time, as they are, mixed."""
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Names of the images that could not be read so far and were passed over."""
+        return ()
+
+
+@dataclass
+class ImageData(DataSource):
+    """Images in memory, with one label each.
+
+    Nothing is read before it is asked for; the test images are read only through ``test_x`` and ``test_y``.
+
+    Attributes:
+        name, classes, shape, zero_point, scale, has_test: see ``DataSource``.
         read_train: reads all training images (validation included).
         read_test: reads the test images.
         validation: how many training images are held out to choose by.
         split_seed: seed of the permutation whose first ``validation`` entries are held out.
         train_images: use only this many of the training images (in permuted order); None for all.
-        has_test: False where no images are set apart for a test; ``read_test`` then raises DataError.
     """
 
     name: str
@@ -127,3 +194,51 @@ class ImageData:
     def test_y(self) -> Tensor:
         """Labels of ``test_x``."""
         return self._test[1]
+
+    def _part(self, part: Part) -> Labelled:
+        return {"train": lambda: self._train, "full": lambda: self._all, "val": lambda: self._val}.get(
+            part, lambda: self._test
+        )()
+
+    def count(self, part: Part) -> int:
+        return len(self._part(part)[1])
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        part: Literal["train", "full"] = "train",
+        seed: int = 0,
+        augment: Augment | None = None,
+        workers: int | None = None,  # noqa: ARG002  # indexing memory is faster than any other process could hand it over
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> TrainingBatches:
+        if augment is not None and augment.resized_crop is not None:
+            raise DataError(
+                f"data.augment.resized_crop cuts images out as they are decoded; {self.name} lies in memory at its final "
+                "size: use data.augment.crop"
+            )
+        x, y = self._part(part)
+        return Batches(x, y, batch_size, seed, augment, self.zero_point, rank, world_size)
+
+    def evaluation(
+        self,
+        part: Part,
+        batch_size: int,
+        *,
+        workers: int | None = None,  # noqa: ARG002
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterable[Labelled]:
+        x, y = self._part(part)
+        return rounds(x[rank::world_size], y[rank::world_size], batch_size)
+
+    def calibration(
+        self,
+        count: int,
+        batch_size: int,
+        *,
+        workers: int | None = None,  # noqa: ARG002
+    ) -> Iterable[Tensor]:
+        return torch.split(self.train_x[:count], batch_size)

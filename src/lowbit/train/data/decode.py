@@ -1,0 +1,142 @@
+"""From an encoded image to a u8 array of the network's size: what is cut out, and how it is resized.
+
+Training cuts out a random part ("Inception" cropping: Szegedy et al., arXiv 1409.4842, section 6) and resizes it;
+evaluation resizes the shorter side and takes the centre (Krizhevsky et al., 2012). Resizing is Pillow's bilinear filter
+with its antialiasing, in both.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lowbit.train.data.batches import Augment
+from lowbit.train.data.images import DataError
+
+__all__ = ["BrokenImageError", "Geometry", "decode", "random_box"]
+
+_ORIENTATION = 0x0112  # EXIF
+_TRIES = 10
+
+
+class BrokenImageError(DataError):
+    """An image that can't be decoded; the message says why, not which."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one data set: evaluation resizes the shorter side to ``resize`` and cuts ``size`` x ``size`` out."""
+
+    size: int
+    resize: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= self.resize:
+            raise DataError(f"data.size = {self.size}, data.resize = {self.resize}: 1 <= size <= resize is needed")
+
+
+def random_box(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], random: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """A random part of an image: (left, top, right, bottom).
+
+    Its area is uniform in ``scale`` times the image's, the logarithm of its width / height uniform between those of
+    ``ratio``, its place uniform. After ten draws that don't fit: the largest part of an allowed ratio, from the centre.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_TRIES):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * random.random())
+        shape = math.exp(low + (high - low) * random.random())
+        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(random.random() * (width - w + 1)), int(random.random() * (height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def decode(
+    data: bytes, geometry: Geometry, augment: Augment | None = None, random: np.random.Generator | None = None
+) -> NDArray[np.uint8]:
+    """Decode one image.
+
+    Turned as its EXIF data says; transparent parts become white. Where a training cut is shrunk to half or less, a JPEG
+    is decoded at a half, quarter or eighth of its size ("draft"), never below the size that is asked for; evaluation
+    decodes in full.
+
+    Args:
+        data: a file that Pillow reads.
+        geometry: the sizes.
+        augment: what to do at random; None for evaluation.
+        random: where the random numbers come from; needed with ``augment``.
+
+    Returns:
+        u8 ``[size, size, 3]``, RGB.
+
+    Raises:
+        BrokenImageError: not an image, or cut short.
+    """
+    cut = augment is not None and augment.resized_crop is not None
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # broken EXIF data of sound images
+            with Image.open(io.BytesIO(data)) as opened:
+                if cut:
+                    assert augment is not None
+                    assert random is not None
+                    image = _cut(opened, geometry.size, augment, random)
+                else:
+                    image = _centre(_upright(opened), geometry)
+    except UnidentifiedImageError:
+        raise BrokenImageError("not an image that Pillow reads") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise BrokenImageError(f"not a whole image ({error})") from None
+    pixels = np.asarray(image, np.uint8)
+    if augment is not None and augment.flip:
+        assert random is not None
+        if random.random() < 0.5:
+            pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """All of it as RGB; the same reading as ``lowbit.predict.read_image``."""
+    turned: Image.Image = ImageOps.exif_transpose(image)
+    if turned.has_transparency_data:
+        turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned.convert("RGBA"))
+    return turned.convert("RGB")
+
+
+def _centre(image: Image.Image, geometry: Geometry) -> Image.Image:
+    shorter = min(image.size)
+    width, height = (geometry.resize * side // shorter for side in image.size)
+    left, top = round((width - geometry.size) / 2), round((height - geometry.size) / 2)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + geometry.size, top + geometry.size))
+
+
+def _cut(image: Image.Image, size: int, augment: Augment, random: np.random.Generator) -> Image.Image:
+    assert augment.resized_crop is not None
+    # the box is drawn from the size in the header, so that a smaller decoding does not change what is drawn
+    turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+    whole = _upright(image) if turned else None
+    width, height = image.size if whole is None else whole.size
+    box: tuple[float, float, float, float] = random_box(width, height, augment.resized_crop, augment.ratio, random)
+    if whole is None:
+        wide, high = box[2] - box[0], box[3] - box[1]
+        if image.format == "JPEG":
+            # draft takes the smallest decoding that is at least as large; ceil keeps the cut at `size` pixels or more
+            image.draft(image.mode, (math.ceil(width * size / wide), math.ceil(height * size / high)))
+            across, down = image.width / width, image.height / height
+            box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
+            box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+        whole = _upright(image)
+    return whole.resize((size, size), Image.Resampling.BILINEAR, box=box)
