@@ -188,7 +188,7 @@ def test_every_expected_error_is_one_line(call: Call, model: Path, tmp_path: Pat
         (["train", tmp_path / "list.yaml"], "a recipe is a mapping"),
         (["train", RECIPE, "--set", "train.epoch=1"], "unknown key 'train.epoch': did you mean 'epochs'"),
         (["train", RECIPE, "--set", "quantize.method=slbb"], "did you mean 'slb'"),
-        (["train", RECIPE, "--set", "quantize.activation_bits=3"], "activation_bits"),
+        (["train", RECIPE, "--set", "quantize.activation_bits=9"], "activation bits, not 9"),
         (["train", RECIPE, "--set", "model.name=examples.own_images:Nothing"], "can't be imported"),
         (["train", RECIPE, "--set", f"data.root={tmp_path / 'no'}", "--run-dir", tmp_path / "r"], "no such folder"),
         (["train", tmp_path / "empty", "--resume"], "recipe.yaml: can't read"),

@@ -143,7 +143,7 @@ def test_a_single_layer_can_be_prepared() -> None:
         ({"method": "slab"}, "did you mean 'slb'"),
         ({"weight_bits": 3}, "'slb' has 1, 2, 4 weight bits, not 3"),
         ({"method": "sign", "weight_bits": 2}, "'sign' has 1 weight bit, not 2: methods with 2 weight bits are .*slb"),
-        ({"activation_bits": 3}, "activation_bits is one of"),
+        ({"activation_bits": 9}, "'dorefa' has 1, 2, 3, 4, 5, 6, 7, 8 activation bits, not 9"),
         ({"activation": "relu"}, "unknown activation quantizer"),
         (
             {"activation": "sign", "activation_bits": 2},
@@ -221,7 +221,14 @@ def test_hard_convolution_is_the_float_one_of_decoded_numbers(
     geometry: dict, method: str, bits: int, activation_bits: int
 ) -> None:
     torch.manual_seed(0)
-    layer = prepare(nn.Conv2d(6, 9, bias=True, **geometry), method, bits, activation_bits, edges="none").eval()
+    conv = nn.Conv2d(6, 9, bias=True, **geometry)
+    quantizer = WEIGHTS.get(method)(bits)
+    quantizer.attach(conv.weight)
+    if activation_bits == 32 and quantizer.encode(quantizer.latent(conv.weight)).offset is not None:
+        with pytest.raises(ValueError, match="have an offset and need inputs of 1 to 8 bits"):
+            prepare(conv, method, bits, activation_bits, edges="none")
+        return
+    layer = prepare(conv, method, bits, activation_bits, edges="none").eval()
     x = torch.randn(2, 6, 9, 11)
     w = layer.weight_quantizer.encode(layer.weight).decode().double()
     inputs = x if layer.input_quantizer is None else layer.input_quantizer.encode(x) * layer.input_quantizer.scale

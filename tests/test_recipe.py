@@ -66,7 +66,7 @@ def test_set():
         ("task=clasify", r"unknown task 'clasify': did you mean 'classify'\?"),
         ("quantize.weight_bits=3", r"quantize: the method 'slb' has 1, 2, 4 weight bits, not 3"),
         ("quantize.weight_bits=0", r"quantize\.weight_bits: Input should be greater than or equal to 1, got 0"),
-        ("quantize.activation_bits=5", r"activation_bits is one of"),
+        ("quantize.activation_bits=9", r"quantize: the activation 'dorefa' has .* activation bits, not 9"),
         ("quantize.options={spred: 1}", r"spred"),
         ("train.epochs=many", r"train\.epochs: Input should be a valid integer.*got 'many'"),
         ("data.train_images=many", r"data\.train_images: Input should be a valid integer.*got 'many'"),

@@ -19,7 +19,6 @@ from lowbit.train.registry import nearest
 
 Q = TypeVar("Q", WeightQuantizer, ActivationQuantizer)
 
-ACTIVATION_BITS = (1, 2, 4, 8, 32)
 SHORTCUTS = ("*downsample*", "*shortcut*", "*down_sample*")
 """Names of 1x1 convolutions that count as edges: the down-sampling of a skip connection."""
 
@@ -68,7 +67,7 @@ def prepare(
         model: any module that torch.export can trace.
         method: weight method, see `lowbit.train.quantizers.WEIGHTS`.
         weight_bits: K; 32 stands for float weights.
-        activation_bits: B in 1, 2, 4, 8 or 32 (float).
+        activation_bits: B, any that `activation` has; 32 stands for float inputs.
         activation: quantizer of the layers' inputs, see `ACTIVATIONS`; "auto" takes sign for 1 bit, dorefa for 2 to 8.
         edges: "int8", "float" or "none".
         image: how the first layer reads pixels. With it the network takes raw pixels (0..255, uint8 or float, NCHW);
@@ -78,8 +77,8 @@ def prepare(
         skip: name patterns (fnmatch) of layers to leave alone.
         overrides: per name pattern: any of method, weight_bits, activation, activation_bits, options, activation_options,
             skip. Later patterns win over earlier ones, and all win over edges.
-        options: keyword arguments of the weight quantizer (SLB: init, spread, learn_values).
-        activation_options: keyword arguments of the activation quantizer (sign: gradient; pact: alpha).
+        options: keyword arguments of the weight quantizer (slb: init, spread, learn_values; recu: tau_min, tau_max).
+        activation_options: keyword arguments of the activation quantizer (sign: gradient; pact: alpha; lsq: signed).
 
     Returns:
         The prepared copy.
@@ -170,8 +169,6 @@ def _matching(pattern: str, names: Sequence[str], where: str) -> list[str]:
 
 
 def _check_plan(plan: _Plan, where: str) -> None:
-    if plan.activation_bits not in ACTIVATION_BITS:
-        raise ValueError(f"{where}: activation_bits is one of {ACTIVATION_BITS}, not {plan.activation_bits!r}")
     try:
         _weight_quantizer(plan)
         _input_quantizer(plan)
@@ -223,15 +220,21 @@ def _replacement(name: str, layer: nn.Module, plan: _Plan, image: Pixels | None)
         inputs = PixelInput(image)
     if inputs is None and weights.bits == 32:
         return layer
-    if isinstance(layer, nn.Linear):
-        return QuantLinear(layer, weights, inputs).train(layer.training)
-    assert isinstance(layer, nn.Conv2d)
-    if layer.padding_mode != "zeros":
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         raise ValueError(
             f"{name}: padding_mode={layer.padding_mode!r} can't run on integers exactly; use 'zeros', or leave the layer "
             f"alone with skip=[{name!r}]"
         )
-    return QuantConv2d(layer, weights, inputs).train(layer.training)
+    new: QuantLayer
+    try:
+        if isinstance(layer, nn.Linear):
+            new = QuantLinear(layer, weights, inputs)
+        else:
+            assert isinstance(layer, nn.Conv2d)
+            new = QuantConv2d(layer, weights, inputs)
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from None
+    return new.to(layer.weight.device).train(layer.training)
 
 
 def _find(model: nn.Module, name: str) -> nn.Module:
@@ -272,33 +275,47 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     return torch.zeros((), device=next((p.device for p in model.parameters()), None))
 
 
+def mapping_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the methods' own networks (LNS); no others learn in ``train.warm_start``."""
+    return [p for _, layer in quantized_layers(model) for p in layer.weight_quantizer.mapping_parameters()]
+
+
 def parameter_groups(
     model: nn.Module,
     lr: float,
     weight_decay: float = 0.0,
     latent_lr_scale: float = 1.0,
     latent_weight_decay: float = 0.0,
+    mapping_lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser.
 
     ``latent``: the latent weights of low-bit layers, at ``lr * latent_lr_scale``, decayed by `latent_weight_decay`;
-    ``weights``: all other weights with two dimensions or more, and PACT's clipping levels, decayed by `weight_decay`;
-    ``rest``: batch-norm and PReLU parameters and biases, never decayed.
+    ``mapping``: the methods' own networks (LNS), at ``lr * mapping_lr_scale``, never decayed;
+    ``weights``: all other weights with two dimensions or more, and what a quantizer calls `decayed` (PACT's clipping levels,
+    LSQ's steps), decayed by `weight_decay`;
+    ``rest``: batch-norm and PReLU parameters, biases, all else that quantizers learn (RSign's shifts), never decayed.
 
     The learning rate of the latent weights is the first-order knob of low-bit training: at 1x few signs ever flip. Watch
     `FlipCounter`: the runs of docs/LOG.md flip a third to a half of their signs.
     """
-    latent, weights, rest = [], [], []
+    latent, mapping, weights, rest = [], [], [], []
+    mapped = {id(p) for p in mapping_parameters(model)}
     low_bit = {id(layer.weight) for _, layer in quantized_layers(model) if layer.weight_quantizer.bits <= 4}
-    for name, p in model.named_parameters():
+    quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer | ActivationQuantizer)]
+    decayed = {id(getattr(q, name)) for q in quantizers for name in q.decayed}
+    for p in model.parameters():
         if id(p) in low_bit:
             latent.append(p)
-        elif p.ndim >= 2 or name.endswith("input_quantizer.alpha"):
+        elif id(p) in mapped:
+            mapping.append(p)
+        elif p.ndim >= 2 or id(p) in decayed:
             weights.append(p)
         else:
             rest.append(p)
     groups = [
         {"name": "latent", "params": latent, "lr": lr * latent_lr_scale, "weight_decay": latent_weight_decay},
+        {"name": "mapping", "params": mapping, "lr": lr * mapping_lr_scale, "weight_decay": 0.0},
         {"name": "weights", "params": weights, "lr": lr, "weight_decay": weight_decay},
         {"name": "rest", "params": rest, "lr": lr, "weight_decay": 0.0},
     ]

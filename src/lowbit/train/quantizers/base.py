@@ -21,9 +21,12 @@ WEIGHTS: Registry[type[WeightQuantizer]] = Registry(
     "weight quantizer",
     {
         "bireal": "lowbit.train.quantizers.bireal",
+        "dorefa": "lowbit.train.quantizers.dorefa",
         "float": "lowbit.train.quantizers.float",
         "int8": "lowbit.train.quantizers.int8",
         "irnet": "lowbit.train.quantizers.irnet",
+        "lsq": "lowbit.train.quantizers.lsq",
+        "recu": "lowbit.train.quantizers.recu",
         "sign": "lowbit.train.quantizers.sign",
         "slb": "lowbit.train.quantizers.slb",
         "xnor": "lowbit.train.quantizers.xnor",
@@ -37,7 +40,9 @@ ACTIVATIONS: Registry[type[ActivationQuantizer]] = Registry(
         "dorefa": "lowbit.train.quantizers.dorefa",
         "int8": "lowbit.train.quantizers.int8",
         "irnet": "lowbit.train.quantizers.irnet",
+        "lsq": "lowbit.train.quantizers.lsq",
         "pact": "lowbit.train.quantizers.pact",
+        "reactnet": "lowbit.train.quantizers.reactnet",
         "sign": "lowbit.train.quantizers.sign",
     },
 )
@@ -193,8 +198,14 @@ class ActivationQuantizer(nn.Module):
         return f"bits={self.bits}"
 
 
-def _check_bits(quantizer: type[nn.Module], bits: int, registry: Registry[Any], kind: str, what: str) -> None:
-    allowed: tuple[int, ...] = quantizer.allowed_bits  # type: ignore[assignment]
+def _check_bits(
+    quantizer: type[WeightQuantizer] | type[ActivationQuantizer],
+    bits: int,
+    registry: Registry[Any],
+    kind: str,
+    what: str,
+) -> None:
+    allowed = quantizer.allowed_bits
     if type(bits) is int and bits in allowed:
         return
     name = registry.name_of(quantizer) or quantizer.__name__

@@ -38,6 +38,7 @@ class PACT(ActivationQuantizer):
     """
 
     allowed_bits = (2, 3, 4, 5, 6, 7, 8)
+    decayed = ("alpha",)
 
     def __init__(self, bits: int, alpha: float = 4.0) -> None:
         super().__init__(bits)
