@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 
 import lowbit
+from graphs import with_offsets
 from lowbit import bench
 from lowbit.bits import Codes
 from lowbit.graph import Graph, Node, Tensor
@@ -174,6 +175,19 @@ def test_a_file(tmp_path: Path) -> None:
         assert table.row_count >= 3
 
 
+def test_code_offsets(tmp_path: Path) -> None:
+    """The twin has the same layers; the sums that offsets need are part of their layer's time."""
+    graph = with_offsets(classifier())
+    twins = [bench.float_twin(g).graph.node for g in (graph, classifier())]
+    assert [n.op_type for n in twins[0]] == [n.op_type for n in twins[1]]
+    lowbit.save(graph, tmp_path / "x.lowbit")
+    found = bench.bench_file(tmp_path / "x.lowbit", batch=1, repeats=2)
+    names = [row["name"] for row in found["layers"]]
+    assert len(set(names)) == len(names)
+    assert "code_sums" not in [row["kernel"] for row in found["layers"]]
+    assert sum(row["share"] for row in found["layers"]) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"repeats": 1}, {"threads": 10000}, {"isa": "sse1"}])
 def test_impossible_wishes(wrong: dict[str, Any], tmp_path: Path) -> None:
     lowbit.save(classifier(), tmp_path / "x.lowbit")
@@ -190,4 +204,8 @@ def test_the_measurements_that_have_goals(tmp_path: Path, capsys: pytest.Capture
     assert len(found["layers"]) == len(bench.LAYERS)
     assert found["layers"][0]["macs"] == 56 * 56 * 64 * 64 * 9
     assert all(row["ratio"] > 0 for row in found["layers"])
-    assert found["training_step"]["slowdown"] > 0
+    assert [(step["method"], step["reference"]) for step in found["training_steps"]] == [
+        ("slb", "float"),
+        ("lns", "sign"),
+    ]
+    assert all(step["slowdown"] > 0 for step in found["training_steps"])

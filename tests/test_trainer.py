@@ -241,8 +241,8 @@ def test_nothing_is_written_for_what_cannot_be_built(tmp_path):
         train(recipe(quantize__skip=["nonsense"]), run_dir)
     with pytest.raises(RecipeError, match=r"train\.batch_size = 500, but there are 180 training images"):
         train(recipe(train__batch_size=500), run_dir)
-    with pytest.raises(RunError, match=r"train\.float_init: .*none\.ckpt is not there"):
-        train(recipe(train__float_init=str(tmp_path / "none.ckpt")), run_dir)
+    with pytest.raises(RunError, match=r"train\.start_from: .*none\.ckpt is not there"):
+        train(recipe(train__start_from=str(tmp_path / "none.ckpt")), run_dir)
     assert not run_dir.exists()
 
 
@@ -314,11 +314,12 @@ def test_final_trains_on_everything_and_chooses_nothing(tmp_path):
 
 def test_float_then_fine_tuned(tmp_path):
     train(recipe(quantize__method="float", quantize__activation_bits=32, train__epochs=1), tmp_path / "float")
-    tuned = recipe(train__float_init=str(tmp_path / "float"), train__epochs=1)
+    tuned = recipe(train__start_from=str(tmp_path / "float"), train__epochs=1)
     train(tuned, tmp_path / "tuned")
-    other = recipe(train__float_init=str(tmp_path / "tuned"), train__epochs=1)
-    with pytest.raises(RecipeError, match="method 'slb', a float one is needed"):
+    other = recipe(train__start_from=str(tmp_path / "tuned"), train__epochs=1, quantize__method="sign")
+    with pytest.raises(RecipeError, match="are logits of SLB with 1 bits"):
         train(other, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_wide_gap_is_said(tmp_path):

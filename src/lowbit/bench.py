@@ -4,7 +4,7 @@ Every comparison alternates between the two, so that both see the same machine, 
 samples and of the ratios of neighbouring samples, and says so where the machine is too noisy to tell. Needs the extra
 ``lowbit[bench]``.
 
-``python -m lowbit.bench`` measures binary layers and an SLB training step.
+``python -m lowbit.bench`` measures binary layers, and training steps of SLB and LNS.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +41,8 @@ NOISY: Final = 0.25
 """Above this (p90 - p10) / median of the ratios of neighbouring samples, a result comes with a warning."""
 
 CONV_GOAL: Final = 8.0
-STEP_GOAL: Final = 1.2
+STEP_GOALS: Final = (("slb", "float", 50, 1.2), ("lns", "sign", 128, 2.0))
+"""Training steps: method, what it is measured against, batch, and how many times the latter's time it may take."""
 _SLOT: Final = 0.0005  # seconds one sample lasts at least: well below a scheduler's time slice
 
 Array = NDArray[Any]
@@ -53,7 +54,8 @@ Array = NDArray[Any]
 def float_twin(graph: Graph, batch: int = 1) -> onnx.ModelProto:
     """The same topology in float32, as ONNX Runtime likes it best: NCHW, fixed batch, everything folded that can be.
 
-    Weights are the decoded codes; the factor and term behind a convolution go into its weights and bias. `quantize` is
+    Weights are the decoded codes, their offset included; the factor and term behind a convolution go into its weights and bias.
+    An input offset has no place: it belongs to the two values that the activation function stands for. `quantize` is
     the activation function of the float network: ReLU for 1 bit, a clip at 0 and the largest code for unsigned codes;
     signed 8-bit codes and casts vanish. The input is float32: the pixel minus its zero point.
 
@@ -154,7 +156,10 @@ class _Twin:
 
     def _folded(self, node: Node) -> tuple[Array, Array, str]:
         """Weights and bias with the factors and terms behind the node, and the name of the last of these."""
-        weight = self.graph.tensors[node.params["weight"]].data.astype(np.float64) * self.scale[node.inputs[0]]
+        weight = self.graph.tensors[node.params["weight"]].data.astype(np.float64)
+        if "weight_offset" in node.params:
+            weight = (weight.T + self.graph.tensors[node.params["weight_offset"]].data).T
+        weight = weight * self.scale[node.inputs[0]]
         bias = np.zeros(len(weight))
         last = node.name
         while len(self.users[last]) == 1:
@@ -455,12 +460,13 @@ def bench_file(
 
 
 def _bench_layers(graph: Graph, engine: Engine, x: Array, threads: int, repeats: int) -> list[dict[str, Any]]:
-    """One row for each step of the plan; steps with a convolution or linear layer beside ONNX Runtime's."""
+    """One row for each step of the plan; steps with a convolution or linear layer beside ONNX Runtime's. The sums of codes that
+    a layer needs are part of its row."""
     types = graph.validate()
     nodes = {node.name: node for node in graph.nodes}
-    heads = [
-        next((nodes[n] for n in step["nodes"] if nodes[n].op in ("conv2d", "linear")), None) for step in engine.plan
-    ]
+    parts = _rows(engine.plan)
+    plan = [engine.plan[indices[-1]] for indices in parts]
+    heads = [next((nodes[n] for n in step["nodes"] if nodes[n].op in ("conv2d", "linear")), None) for step in plan]
     theirs = [
         _session(float_twin(_layer_graph(graph, head, types), len(x)), threads) if head else None for head in heads
     ]
@@ -471,8 +477,9 @@ def _bench_layers(graph: Graph, engine: Engine, x: Array, threads: int, repeats:
         if run:
             run()
     for _ in range(min(max(repeats // 2, 3), 30)):
-        for seconds, value in zip(ours_seconds, engine.profile(x, 5), strict=True):
-            seconds.append(value)
+        measured = engine.profile(x, 5)
+        for seconds, indices in zip(ours_seconds, parts, strict=True):
+            seconds.append(sum(measured[i] for i in indices))
         overhead.append(_seconds(empty, 5))
         for run, seconds in zip(theirs, theirs_seconds, strict=True):
             if run:
@@ -481,7 +488,7 @@ def _bench_layers(graph: Graph, engine: Engine, x: Array, threads: int, repeats:
     theirs_seconds = [[max(value - less, 1e-9) for value in seconds] for seconds in theirs_seconds]
     total = sum(float(np.median(seconds)) for seconds in ours_seconds)
     rows = []
-    for step, head, a, b in zip(engine.plan, heads, ours_seconds, theirs_seconds, strict=True):
+    for step, head, a, b in zip(plan, heads, ours_seconds, theirs_seconds, strict=True):
         compared = Comparison.of(a, b) if head else None
         median = float(np.median(a))
         rows.append(
@@ -498,6 +505,18 @@ def _bench_layers(graph: Graph, engine: Engine, x: Array, threads: int, repeats:
                 "noisy": bool(compared and compared.noise > NOISY),
             }
         )
+    return rows
+
+
+def _rows(plan: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """The steps of the plan by row: a step that sums codes belongs to the layer behind it."""
+    rows: list[list[int]] = []
+    open_row: list[int] = []
+    for i, step in enumerate(plan):
+        open_row.append(i)
+        if step["kernel"] != "code_sums":
+            rows.append(open_row)
+            open_row = []
     return rows
 
 
@@ -693,7 +712,7 @@ def write_result(path: str | os.PathLike[str], result: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """``python -m lowbit.bench``: binary layers beside ONNX Runtime, and a training step beside a float one."""
+    """``python -m lowbit.bench``: binary layers beside ONNX Runtime, and training steps of SLB beside float and of LNS beside sign."""
     from rich.console import Console
 
     parser = argparse.ArgumentParser(prog="python -m lowbit.bench", description=main.__doc__)
@@ -712,23 +731,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(_conv_table(layers))
     goal = f"{layers[0]['layer']}, at least {CONV_GOAL:g}x ONNX Runtime fp32"
     console.print(_verdict(goal, layers[0]["ratio"] >= CONV_GOAL))
-    step = None
-    if not options.no_training:
+    steps = []
+    for method, reference, batch, most in () if options.no_training else STEP_GOALS:
         from lowbit.train.benchmark import bench_training_step
 
-        with console.status("one training step beside a float one"):
-            step = bench_training_step(options.repeats, threads=options.threads)
+        with console.status(f"one training step: {method} beside {reference}"):
+            step = bench_training_step(options.repeats, batch, options.threads, method, reference)
         ours, theirs = (digits(1e3 * step[side]["median"]) for side in ("ours", "theirs"))
         console.print(
-            f"SLB W1A1 training step, {step['step']}: {ours} ms, float {theirs} ms, [bold]{step['slowdown']:.2f}[/] times "
-            f"(p10 .. p90 of neighbours {1 / step['p90']:.2f} .. {1 / step['p10']:.2f})"
+            f"W1A1 training step, {step['step']}: {method} {ours} ms, {reference} {theirs} ms, [bold]{step['slowdown']:.2f}[/] "
+            f"times (p10 .. p90 of neighbours {1 / step['p90']:.2f} .. {1 / step['p10']:.2f})"
         )
-        console.print(_verdict(f"at most {STEP_GOAL:g} times a float step", step["slowdown"] <= STEP_GOAL))
-    for result in [*layers, *([step] if step else [])]:
+        console.print(_verdict(f"at most {most:g} times a {reference} step", step["slowdown"] <= most))
+        steps.append(step)
+    for result in [*layers, *steps]:
         for warning in result["warnings"]:
             console.print(f"[yellow]warning:[/] {warning}")
     packages = versions("lowbit", "numpy", "onnxruntime", "torch")
-    found = {"format": FORMAT, "machine": machine(), "versions": packages, "layers": layers, "training_step": step}
+    found = {"format": FORMAT, "machine": machine(), "versions": packages, "layers": layers, "training_steps": steps}
     write_result(options.json, found)
     console.print(f"numbers in {options.json}")
 

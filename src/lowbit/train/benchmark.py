@@ -1,4 +1,4 @@
-"""What a low-bit training step costs beside a float one."""
+"""What a low-bit training step costs beside one of another method."""
 
 from __future__ import annotations
 
@@ -10,18 +10,28 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lowbit.bench import alternate, pinned
-from lowbit.train.prepare import parameter_groups
+from lowbit.train.network import build_network
+from lowbit.train.prepare import auxiliary_loss, parameter_groups
 from lowbit.train.recipe import parse_recipe
 from lowbit.train.rundir import InputSpec
 from lowbit.train.schedule import Schedule
-from lowbit.train.trainer import build_network
 
 
-def bench_training_step(repeats: int = 20, batch_size: int = 50, threads: int = 1) -> dict[str, Any]:
-    """One training step of the demo's network (forward, backward, SGD, temperature): SLB with 1-bit weights and
-    activations beside the same network in float32.
+def bench_training_step(
+    repeats: int = 20, batch_size: int = 50, threads: int = 1, method: str = "slb", reference: str = "float"
+) -> dict[str, Any]:
+    """One training step of the demo's network (forward, backward, SGD, temperature, the method's own loss) with 1-bit
+    weights and activations, beside the same step with another method. They alternate, so that both see the same machine.
 
-    `ours` is the SLB step, `theirs` the float step, `slowdown` ours / theirs.
+    Args:
+        repeats: samples of each.
+        batch_size: images in a step.
+        threads: of PyTorch.
+        method: of the step that is measured.
+        reference: of the step it is measured against; "float" is the same network in float32.
+
+    Returns:
+        `ours` is the step of `method`, `theirs` that of `reference`, `slowdown` ours / theirs of the medians.
     """
     spec = InputSpec(1, 28, 28, (73,), 1 / 90, tuple(map(str, range(10))))
     generator = torch.Generator().manual_seed(0)
@@ -29,13 +39,20 @@ def bench_training_step(repeats: int = 20, batch_size: int = 50, threads: int = 
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.randint(0, 10, (batch_size,), generator=generator)
 
-    def step_of(quantize: dict[str, Any]) -> Callable[[], None]:
+    def step_of(method: str) -> Callable[[], None]:
+        bits, edges, stream = (32, "float", "float32") if method == "float" else (1, "int8", "float16")
         recipe = parse_recipe(
             {
                 "name": "bench",
                 "model": {"name": "bireal_resnet14", "nonlinearity": "prelu"},
                 "data": {"name": "fashion_mnist"},
-                "quantize": quantize,
+                "quantize": {
+                    "method": method,
+                    "weight_bits": bits,
+                    "activation_bits": bits,
+                    "edges": edges,
+                    "residual_dtype": stream,
+                },
             }
         )
         model = build_network(recipe, spec).train()
@@ -47,24 +64,26 @@ def bench_training_step(repeats: int = 20, batch_size: int = 50, threads: int = 
         def step() -> None:
             schedule.step(100)
             optimizer.zero_grad()
-            cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+            loss = cross_entropy(model(x), y) + auxiliary_loss(model)
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
         return step
 
-    slb = step_of({"method": "slb", "weight_bits": 1, "activation_bits": 1, "residual_dtype": "float16"})
-    plain = step_of({"method": "float", "weight_bits": 32, "activation_bits": 32, "edges": "float"})
+    one, other = step_of(method), step_of(reference)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with pinned(threads):
-            found = alternate(slb, plain, repeats)
+            found = alternate(one, other, repeats)
     finally:
         torch.set_num_threads(before)
     return {
         "step": f"bireal_resnet14, batch {batch_size}",
+        "method": method,
+        "reference": reference,
         "threads": threads,
         **asdict(found),
         "slowdown": found.ours.median / found.theirs.median,
-        "warnings": found.warnings("training step"),
+        "warnings": found.warnings(f"training step, {method} beside {reference}"),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.train.batchnorm import calibrate_batchnorm, update_state_batchnorm
-from lowbit.train.data import ImageData
-from lowbit.train.prepare import FlipCounter, auxiliary_loss, parameter_groups, weight_statistics
+from lowbit.train.data import DataSource
+from lowbit.train.distill import Distillation
+from lowbit.train.layers import quantized_layers
+from lowbit.train.prepare import (
+    FlipCounter,
+    auxiliary_loss,
+    mapping_parameters,
+    parameter_groups,
+    weight_statistics,
+)
 from lowbit.train.recipe import Recipe
-from lowbit.train.rundir import RunError, write_checkpoint, write_metrics
+from lowbit.train.rundir import InputSpec, RunError, write_checkpoint, write_metrics
 from lowbit.train.schedule import Schedule
 from lowbit.train.tasks import Task
 
@@ -27,12 +35,12 @@ __all__ = ["TrainingModule", "calibrate", "lr_factor", "network_checkpoint"]
 _log = logging.getLogger("lowbit.train")
 
 
-def calibrate(model: nn.Module, recipe: Recipe, x: Tensor) -> None:
+def calibrate(model: nn.Module, recipe: Recipe, batches: Iterable[Tensor]) -> None:
     """BN statistics of the hard network, on clean images; the two-statistics state BN keeps its own."""
     if recipe.quantize.state_batchnorm:
         return
     device = next(model.parameters()).device
-    calibrate_batchnorm(model, (batch.to(device) for batch in torch.split(x, recipe.train.eval_batch_size)))
+    calibrate_batchnorm(model, (batch.to(device) for batch in batches))
 
 
 def lr_factor(recipe: Recipe, steps_per_epoch: int, step: int) -> float:
@@ -40,9 +48,11 @@ def lr_factor(recipe: Recipe, steps_per_epoch: int, step: int) -> float:
     t = recipe.train
     total, warm = t.epochs * steps_per_epoch, t.warmup * steps_per_epoch
     factor = 1.0
+    u = min(max((step - warm) / max(total - warm, 1), 0.0), 1.0)
     if t.lr_schedule == "cosine":
-        u = (step - warm) / max(total - warm, 1)
-        factor = 0.5 * (1 + math.cos(math.pi * min(max(u, 0.0), 1.0)))
+        factor = 0.5 * (1 + math.cos(math.pi * u))
+    elif t.lr_schedule == "linear":
+        factor = 1 - u
     elif t.lr_schedule == "step":
         factor = t.gamma ** sum(step >= m * steps_per_epoch for m in t.milestones)
     return min(factor, (step + 1) / warm) if step < warm else factor
@@ -52,11 +62,21 @@ class TrainingModule(L.LightningModule):
     """One step, one epoch's end; everything else is Lightning's."""
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, task: Task, data: ImageData, calibration: Tensor, run_dir: Path
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        task: Task,
+        data: DataSource,
+        calibration: Iterable[Tensor],
+        run_dir: Path,
+        teacher: Distillation | None = None,
     ) -> None:
         super().__init__()
         self.model, self.recipe, self.task = model, recipe, task
         self._data, self._calibration, self.run_dir = data, calibration, run_dir
+        self._teacher = teacher
+        mapping = {id(p) for p in mapping_parameters(model)}
+        self._still = [p for p in model.parameters() if id(p) not in mapping]
         self.steps_per_epoch = 1
         self.schedule: Schedule | None = None
         self.flips = FlipCounter(model)
@@ -75,6 +95,7 @@ class TrainingModule(L.LightningModule):
             weight_decay=t.weight_decay,
             latent_lr_scale=t.latent_lr_scale,
             latent_weight_decay=t.latent_weight_decay,
+            mapping_lr_scale=t.mapping_lr_scale,
         )
         # clipping scales gradients before the step; one fused kernel a group is the fastest on CPU and GPU
         optimizer: torch.optim.Optimizer
@@ -90,10 +111,18 @@ class TrainingModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_fit_start(self) -> None:
+        if self._teacher is not None:
+            self._teacher.to(self.device)
         s, t = self.recipe.schedule, self.recipe.train
         total = t.epochs * (self.steps_per_epoch if self._by_step else 1)
         self.schedule = Schedule(
-            self.model, total_steps=total, every=s.every, growth=s.total_growth(t.epochs), kind=s.kind, start=s.start, end=s.end
+            self.model,
+            total_steps=total,
+            every=s.every,
+            growth=s.total_growth(t.epochs),
+            kind=s.kind,
+            start=s.start,
+            end=s.end,
         )
 
     def on_train_epoch_start(self) -> None:
@@ -103,6 +132,8 @@ class TrainingModule(L.LightningModule):
         self.model.train()
         self._loss = torch.zeros((), device=self.device)
         self._score = torch.zeros((), device=self.device)
+        self._aux: Tensor | None = None
+        self._ratio: float | None = None
         self._images = 0
         self._clock = time.perf_counter()
         if not self._by_step and self.schedule is not None:
@@ -112,18 +143,30 @@ class TrainingModule(L.LightningModule):
         if self._by_step and self.schedule is not None:
             self.schedule.step(self.global_step)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
         if self._channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         outputs = self.model(x)
         loss = self.task.loss(outputs, y)
+        if self._teacher is not None:
+            loss = self._teacher.loss(x, outputs, loss)
         self._loss += loss.detach()
         self._score += self.task.score(outputs, y)
         self._images += len(y)
         if self._state_bn:
             update_state_batchnorm(self.model, x)
-        return loss + auxiliary_loss(self.model)
+        aux = auxiliary_loss(self.model)
+        if aux.requires_grad:
+            self._aux = aux.detach() + (0 if self._aux is None else self._aux)
+            if batch_idx == 0:
+                self._ratio = _gradient_ratio(self.model, aux, loss)
+        return loss + aux
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
+        if self.global_step < round(self.recipe.train.warm_start * self.steps_per_epoch):
+            for parameter in self._still:  # without a gradient neither momentum nor decay moves it
+                parameter.grad = None
 
     def on_train_epoch_end(self) -> None:
         seconds = time.perf_counter() - self._clock
@@ -136,8 +179,10 @@ class TrainingModule(L.LightningModule):
             "lr": recipe.train.lr * lr_factor(recipe, steps, self.global_step - 1),
             "train_loss": float(self._loss) / steps,
             f"train_{metric}": float(self._score) / max(self._images, 1),
+            "aux_loss": None if self._aux is None else float(self._aux) / steps,
             "gap": weights.gap,
             "temperature": weights.temperature,
+            "noisy_gradient_ratio": self._ratio,
             **self.flips.update(),
             "images_per_second": self._images / seconds,
             "seconds": seconds,
@@ -147,12 +192,13 @@ class TrainingModule(L.LightningModule):
         last = epoch + 1 == recipe.train.epochs
         if not recipe.train.final and (last or (epoch + 1) % recipe.train.validate_every == 0):
             calibrate(self.model, recipe, self._calibration)
-            found = self._evaluate(self._data.val_x, self._data.val_y)
+            found = self._evaluate()
             row["val_loss"], row[f"val_{metric}"] = found["loss"], found[metric]
             if not self.best or found[metric] > self.best[metric]:
                 self.best = {"epoch": epoch + 1, **found}
                 write_checkpoint(
-                    self.run_dir / "checkpoints" / "best.ckpt", network_checkpoint(self.model, recipe, epoch + 1)
+                    self.run_dir / "checkpoints" / "best.ckpt",
+                    network_checkpoint(self.model, recipe, epoch + 1, self._data),
                 )
         self.rows.append(row)
         write_metrics(self.run_dir / "metrics.csv", self.rows, metric)
@@ -177,10 +223,11 @@ class TrainingModule(L.LightningModule):
             row["images_per_second"],
         )
 
-    def _evaluate(self, x: Tensor, y: Tensor) -> Mapping[str, Any]:
+    def _evaluate(self) -> Mapping[str, Any]:
+        t = self.recipe.train
         self.model.eval()
         try:
-            return self.task.evaluate(self.model, x, y, self.recipe.train.eval_batch_size)
+            return self.task.evaluate(self.model, self._data.evaluation("val", t.eval_batch_size, workers=t.workers))
         finally:
             self.model.train()
 
@@ -193,6 +240,19 @@ class TrainingModule(L.LightningModule):
         self.rows, self.best = own["rows"], own["best"]
 
 
-def network_checkpoint(model: nn.Module, recipe: Recipe, epoch: int) -> dict[str, Any]:
+def _gradient_ratio(model: nn.Module, aux: Tensor, loss: Tensor) -> float:
+    """Norm of the auxiliary loss's gradient over that of the loss's, with respect to the latents that both reach."""
+    latents = [layer.weight for _, layer in quantized_layers(model)]
+    pairs = zip(
+        torch.autograd.grad(aux, latents, retain_graph=True, allow_unused=True),
+        torch.autograd.grad(loss, latents, retain_graph=True, allow_unused=True),
+        strict=True,
+    )
+    both = [(a.float().square().sum(), b.float().square().sum()) for a, b in pairs if a is not None and b is not None]
+    return math.sqrt(float(sum(a for a, _ in both)) / max(float(sum(b for _, b in both)), 1e-30))
+
+
+def network_checkpoint(model: nn.Module, recipe: Recipe, epoch: int, data: DataSource) -> dict[str, Any]:
+    """A network alone: what building and running it again takes."""
     state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    return {"state_dict": state, "recipe": recipe.plain(), "epoch": epoch}
+    return {"state_dict": state, "recipe": recipe.plain(), "input": InputSpec.of(data).to_json(), "epoch": epoch}

@@ -73,10 +73,28 @@ class QuantizeConfig(Strict):
 
 
 class AugmentConfig(Strict):
-    """Random shift by up to ``crop`` pixels, mirroring of half of the images."""
+    """What is done to each training image at random.
+
+    Attributes:
+        crop: shift by up to this many pixels; for data sets in memory.
+        flip: mirror half of the images left to right.
+        resized_crop: share of the image's area that is cut out and resized, smallest and largest: [0.08, 1.0] as published
+            for ImageNet; for data sets that are decoded image by image.
+        ratio: width / height of that cut, smallest and largest.
+    """
 
     crop: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
+    resized_crop: tuple[float, float] | None = None
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    @model_validator(mode="after")
+    def _agree(self) -> AugmentConfig:
+        if self.resized_crop is not None and not 0 < self.resized_crop[0] <= self.resized_crop[1] <= 1:
+            raise ValueError(f"resized_crop {list(self.resized_crop)}: shares of the area, 0 < smallest, largest <= 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio {list(self.ratio)}: 0 < smallest <= largest")
+        return self
 
 
 class DataConfig(BaseModel):
@@ -94,6 +112,22 @@ class DataConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+class DistillConfig(Strict):
+    """Knowledge distillation: the loss becomes (1 - weight) * the task's + weight * T^2 KL(teacher || network), both at T.
+
+    Weight 1 with temperature 1 is the distributional loss of ReActNet (2003.03488).
+
+    Attributes:
+        teacher: directory or checkpoint of a finished run, with the same classes and images; usually a float network.
+        weight: share of the teacher.
+        temperature: T, which the logits are divided by.
+    """
+
+    teacher: str
+    weight: Annotated[float, Field(gt=0, le=1)] = 0.9
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+
+
 class TrainConfig(Strict):
     """How long, how fast, on what.
 
@@ -106,7 +140,7 @@ class TrainConfig(Strict):
         weight_decay: of float weights; BN, PReLU and biases have none.
         latent_lr_scale: the quantized layers' latent weights or logits learn this much faster.
         latent_weight_decay: decay of the latent weights or logits.
-        lr_schedule: "cosine" to 0, "step" (times ``gamma`` at each of ``milestones``, in epochs), "constant".
+        lr_schedule: "cosine" to 0, "linear" to 0, "step" (times ``gamma`` at each of ``milestones``, in epochs), "constant".
         warmup: epochs of linear increase, may be a fraction.
         grad_clip: largest norm of the whole gradient; None for no clipping.
         label_smoothing: share of the target spread over all classes.
@@ -116,7 +150,13 @@ class TrainConfig(Strict):
         precision: "float32", or "bf16" for the soft training steps. Evaluation is float32 always.
         device: "auto" (a GPU where there is one), "cpu" or "gpu".
         channels_last: memory format of the training steps.
-        float_init: checkpoint of a float run to start from.
+        workers: processes of each rank that load images, for data sets that don't lie in memory; None for one on each core
+            (16 at most), 0 for none. The batches do not depend on it.
+        start_from: directory or checkpoint of a run to start from, float or low-bit: weights, batch norms, PReLUs, and the
+            state of quantizers of the same kind. LNS needs a binary one.
+        warm_start: epochs at the start, may be a fraction, in which only the methods' mapping networks (LNS) learn.
+        mapping_lr_scale: the mapping networks learn this much faster.
+        distill: a teacher, see ``DistillConfig``.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 10
@@ -128,7 +168,7 @@ class TrainConfig(Strict):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     latent_lr_scale: Annotated[float, Field(gt=0)] = 1.0
     latent_weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    lr_schedule: Literal["cosine", "step", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
     milestones: tuple[float, ...] = ()
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     warmup: Annotated[float, Field(ge=0)] = 0.0
@@ -140,7 +180,11 @@ class TrainConfig(Strict):
     precision: Literal["float32", "bf16"] = "float32"
     device: Literal["auto", "cpu", "gpu"] = "auto"
     channels_last: bool = True
-    float_init: str | None = None
+    workers: Annotated[int, Field(ge=0)] | None = None
+    start_from: str | None = None
+    warm_start: Annotated[float, Field(ge=0)] = 0.0
+    mapping_lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    distill: DistillConfig | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
@@ -152,6 +196,8 @@ class TrainConfig(Strict):
             raise ValueError("milestones must rise")
         if self.warmup >= self.epochs:
             raise ValueError(f"warmup of {self.warmup} epochs in a run of {self.epochs}")
+        if self.warm_start >= self.epochs:
+            raise ValueError(f"warm_start of {self.warm_start} epochs in a run of {self.epochs}")
         return self
 
 
@@ -215,17 +261,18 @@ class Recipe(Strict):
         return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of a tree."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 def differing_keys(one: Recipe, other: Recipe) -> list[str]:
     """Dotted names of the fields in which two recipes differ."""
-    a, b = dict(_flatten(one.plain())), dict(_flatten(other.plain()))
+    a, b = dict(flatten(one.plain())), dict(flatten(other.plain()))
     missing = object()
     return sorted(key for key in {*a, *b} if a.get(key, missing) != b.get(key, missing))
 
@@ -269,6 +316,8 @@ def _check_names(recipe: Recipe) -> None:
     from lowbit.train.tasks import TASKS
 
     TASKS.get(recipe.task)
+    if recipe.train.distill is not None and recipe.task != "classify":
+        raise ValueError(f"train.distill compares class probabilities: it belongs to task classify, not {recipe.task}")
     WEIGHTS.get(recipe.quantize.method)
     q = recipe.quantize
     if q.activation != "auto":

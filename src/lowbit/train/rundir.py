@@ -7,6 +7,7 @@
     metrics.csv        one row for each epoch
     tensorboard/       the same numbers for TensorBoard
     checkpoints/       last.ckpt (everything a resume needs), best.ckpt, final.ckpt (the network alone)
+    run.lock           who writes here, while somebody does
 
 Every file is written beside its place and then renamed, so none is ever half there.
 """
@@ -14,25 +15,37 @@ Every file is written beside its place and then renamed, so none is ever half th
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import io
 import json
+import logging
+import os
+import shutil
+import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
 import lowbit.machine
-from lowbit.files import write_atomic
-from lowbit.train.data import ImageData
+from lowbit.files import SUFFIX, remove_leftovers, write_atomic
+from lowbit.train.data import DataSource
 
 __all__ = [
     "InputSpec",
     "RunError",
+    "RunLock",
     "columns",
+    "empty",
     "machine",
+    "never_started",
+    "read_checkpoint",
     "read_metrics",
     "read_run",
     "versions",
@@ -43,22 +56,35 @@ __all__ = [
 ]
 
 FORMAT = 1
+LOCK = "run.lock"
+EXPORTING = ".export-"
+"""Start of the name of the folder an export works in."""
+
+_log = logging.getLogger("lowbit.train")
+
 _ALWAYS = ("status", "epochs", "epochs_done", "wall_seconds", "resumed", "input", "results")
 """Keys of run.json from the start on, which readers rely on."""
 
 
 def columns(metric: str) -> tuple[str, ...]:
-    """Columns of metrics.csv. ``metric`` is the task's ("accuracy", 0 to 1); an empty field was not measured."""
+    """Columns of metrics.csv. ``metric`` is the task's ("accuracy", 0 to 1); an empty field was not measured.
+
+    ``train_loss`` is what the task and a teacher ask for, ``aux_loss`` the method's own part of the loss (LNS);
+    ``noisy_gradient_ratio`` the norm of the latter's gradient over that of the former's, with respect to the latent weights,
+    on the first batch of the epoch.
+    """
     return (
         "epoch",
         "step",
         "lr",
         "train_loss",
         f"train_{metric}",
+        "aux_loss",
         "val_loss",
         f"val_{metric}",
         "gap",
         "temperature",
+        "noisy_gradient_ratio",
         "flips_epoch",
         "flips_start",
         "images_per_second",
@@ -82,7 +108,7 @@ class InputSpec:
     classes: tuple[str, ...]
 
     @staticmethod
-    def of(data: ImageData) -> InputSpec:
+    def of(data: DataSource) -> InputSpec:
         """The input of a network for ``data``."""
         return InputSpec(*data.shape, tuple(data.zero_point), data.scale, tuple(data.classes))
 
@@ -96,6 +122,86 @@ class InputSpec:
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return json.loads(json.dumps(asdict(self)))
+
+
+class RunLock:
+    """The right to write into a run directory, held by one process at a time, on whichever machine.
+
+    An advisory lock of the system's (flock) on ``run.lock``: it goes with the process that holds it, also with one that was
+    killed, so nothing is ever stale. The file stays, and says who holds it. ``with`` gives it back.
+
+    Args:
+        run_dir: the run directory; it need not exist before ``take``.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Take it, if it is not held already, and remove what killed writers left behind.
+
+        Raises:
+            RunError: another process holds it. OSError: no such directory, or it is read-only.
+        """
+        if self._descriptor is not None:
+            return
+        path = self._run_dir / LOCK
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+                os.close(descriptor)
+                raise RunError(
+                    f"{self._run_dir}: is in use by {holder}; wait for its end, or stop it and then --resume"
+                ) from None
+            _log.warning("%s can't be locked (%s): take care that no second process writes there", path, error.strerror)
+        self._descriptor = descriptor
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {now()}\n".encode(), 0)
+        for folder in (self._run_dir, self._run_dir / "checkpoints"):
+            remove_leftovers(folder)
+        for folder in self._run_dir.glob(f"{EXPORTING}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._descriptor is not None:
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def empty(run_dir: Path) -> None:
+    """Remove everything in a run directory but its lock, run.json first: what is half removed is no run."""
+    (run_dir / "run.json").unlink(missing_ok=True)
+    for path in run_dir.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                error.filename = str(path)  # rmtree names the file alone
+                raise
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def never_started(run_dir: Path) -> bool:
+    """Whether a start was killed here before it had written run.json: there is nothing to lose."""
+    names = {path.name for path in run_dir.iterdir() if not path.name.endswith(SUFFIX)} if run_dir.is_dir() else set()
+    checkpoints = run_dir / "checkpoints"
+    return (
+        LOCK in names
+        and names <= {LOCK, "recipe.yaml", "checkpoints"}
+        and not (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -113,6 +219,23 @@ def write_checkpoint(path: Path, tree: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(dict(tree), buffer)
     write_atomic(path, buffer.getvalue())
+
+
+def read_checkpoint(path: Path, what: str) -> dict[str, Any]:
+    """A checkpoint as it was written, on the CPU; nothing in it is executed.
+
+    Raises:
+        RunError: it is not there, broken, or holds no network; ``what`` it is for in front.
+    """
+    try:
+        tree = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RunError(f"{what}: {path} is not there") from None
+    except Exception as error:
+        raise RunError(f"{what}: {path} is not a checkpoint ({type(error).__name__}); it may be cut short") from None
+    if not isinstance(tree, dict) or "state_dict" not in tree:
+        raise RunError(f"{what}: {path} holds no network")
+    return tree
 
 
 def write_metrics(path: Path, rows: Sequence[Mapping[str, Any]], metric: str) -> None:

@@ -11,11 +11,11 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -25,19 +25,25 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from lowbit.train.data import DATASETS, Augment, Batches, ImageData
+from lowbit.train.data import DATASETS, Augment, DataError, DataSource, TrainingBatches
+from lowbit.train.data.images import Part
+from lowbit.train.distill import load_distillation
 from lowbit.train.freeze import FreezeError, freeze
-from lowbit.train.layers import Pixels
-from lowbit.train.models import build_model
 from lowbit.train.module import TrainingModule, calibrate, network_checkpoint
-from lowbit.train.prepare import prepare
+from lowbit.train.network import build_network, load_run
+from lowbit.train.prepare import mapping_parameters
 from lowbit.train.recipe import Recipe, RecipeError, differing_keys, load_recipe
 from lowbit.train.rundir import (
     FORMAT,
+    LOCK,
     InputSpec,
     RunError,
+    RunLock,
+    empty,
     machine,
+    never_started,
     now,
+    read_checkpoint,
     read_metrics,
     read_run,
     versions,
@@ -45,6 +51,7 @@ from lowbit.train.rundir import (
     write_json,
     write_text,
 )
+from lowbit.train.start import check_start, read_start
 from lowbit.train.tasks import TASKS, Task
 
 __all__ = ["RunResult", "build_network", "evaluate", "load_data", "load_run", "train"]
@@ -72,7 +79,7 @@ class RunResult:
 # ------------------------------------------------------------------------------------------------ building
 
 
-def load_data(recipe: Recipe) -> ImageData:
+def load_data(recipe: Recipe) -> DataSource:
     """The recipe's data set; images are read when they are first used.
 
     Raises:
@@ -81,53 +88,20 @@ def load_data(recipe: Recipe) -> ImageData:
     return DATASETS.get(recipe.data.name)(root=recipe.data.root, **recipe.data.arguments)
 
 
-def _float_network(recipe: Recipe, spec: InputSpec) -> nn.Module:
-    name, arguments = recipe.model.name, recipe.model.arguments
+def _starting_network(recipe: Recipe, spec: InputSpec) -> nn.Module:
+    """The network as training begins with it; what its method needs for that is checked."""
+    start = None if recipe.train.start_from is None else read_start(recipe.train.start_from)
+    model = build_network(recipe, spec, start)
     try:
-        return build_model(
-            name, classes=len(spec.classes), in_channels=spec.channels, image_size=spec.height, **arguments
+        check_start(model, start)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: {error}") from None
+    if recipe.train.warm_start and not mapping_parameters(model):
+        raise RecipeError(
+            f"{recipe.name}: train.warm_start needs a method with a mapping network, like lns; method "
+            f"{recipe.quantize.method!r} has none"
         )
-    except ValueError:
-        raise
-    except Exception as error:  # of anybody's own code
-        raise ValueError(f"model {name!r} can't be built: {type(error).__name__}: {error}") from error
-
-
-def build_network(recipe: Recipe, spec: InputSpec, start: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The recipe's network for an input, prepared; the same for the same recipe.
-
-    Args:
-        recipe: what to build.
-        spec: the input it reads and the classes it answers.
-        start: float weights to start from, by name; None for random ones drawn with the recipe's seed.
-
-    Raises:
-        RecipeError: the model or the quantization can't be built.
-    """
-    q = recipe.quantize
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed)
-            model = _float_network(recipe, spec)
-            if start is not None:
-                _load_float(model, start)
-            return prepare(
-                model,
-                method=q.method,
-                weight_bits=q.weight_bits,
-                activation_bits=q.activation_bits,
-                activation=q.activation,
-                edges=q.edges,
-                image=Pixels(zero_point=spec.zero_point, scale=spec.scale),
-                residual_dtype=q.residual_dtype,
-                state_batchnorm=q.state_batchnorm,
-                skip=q.skip,
-                overrides=q.overrides,
-                options=q.options,
-                activation_options=q.activation_options,
-            )
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"{recipe.name}: {error}") from error
+    return model
 
 
 def _try_out(model: nn.Module, recipe: Recipe, spec: InputSpec) -> list[str]:
@@ -161,40 +135,6 @@ def _try_out(model: nn.Module, recipe: Recipe, spec: InputSpec) -> list[str]:
     return []
 
 
-def _load_float(model: nn.Module, start: Mapping[str, Tensor]) -> None:
-    own = model.state_dict()
-    missing = [key for key in own if key not in start or start[key].shape != own[key].shape]
-    if missing:
-        raise ValueError(f"train.float_init lacks {missing[0]!r} in the shape of this model ({len(missing)} missing)")
-    model.load_state_dict({key: start[key] for key in own})
-
-
-def _float_start(recipe: Recipe) -> dict[str, Tensor] | None:
-    path = recipe.train.float_init
-    if path is None:
-        return None
-    place = Path(path).expanduser()
-    if place.is_dir():
-        place = place / "checkpoints" / "final.ckpt"
-    tree = _load_checkpoint(place, "train.float_init")
-    method = tree.get("recipe", {}).get("quantize", {}).get("method", "float")
-    if method != "float":
-        raise RecipeError(f"train.float_init: {place} holds a network of method {method!r}, a float one is needed")
-    return tree["state_dict"]
-
-
-def _load_checkpoint(path: Path, what: str) -> dict[str, Any]:
-    try:
-        tree = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise RunError(f"{what}: {path} is not there") from None
-    except Exception as error:
-        raise RunError(f"{what}: {path} is not a checkpoint ({type(error).__name__}); it may be cut short") from None
-    if not isinstance(tree, dict) or "state_dict" not in tree:
-        raise RunError(f"{what}: {path} holds no network")
-    return tree
-
-
 def _task(recipe: Recipe, spec: InputSpec) -> Task:
     return TASKS.get(recipe.task)(classes=len(spec.classes), label_smoothing=recipe.train.label_smoothing)  # type: ignore[call-arg]
 
@@ -203,13 +143,14 @@ def _task(recipe: Recipe, spec: InputSpec) -> Task:
 
 
 def evaluate(
-    model: nn.Module, recipe: Recipe, spec: InputSpec, x: Tensor, y: Tensor, batch_size: int | None = None
+    model: nn.Module, recipe: Recipe, spec: InputSpec, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> Mapping[str, Any]:
-    """Evaluate the hard network as it is (its BN statistics must be calibrated already); its mode is left as it was."""
+    """Evaluate the hard network as it is (its BN statistics must be calibrated already) on ``DataSource.evaluation``;
+    its mode is left as it was."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
-        return _task(recipe, spec).evaluate(model, x, y, batch_size or recipe.train.eval_batch_size)
+        return _task(recipe, spec).evaluate(model, batches)
     finally:
         for module, training in modes:  # parents come first, so every module ends as it was
             module.train(training)
@@ -242,10 +183,15 @@ def _device(recipe: Recipe) -> str:
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _claim(run_dir: Path, recipe: Recipe, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-    """Check that the directory may be used; the run.json that is resumed, or None. Nothing is written here."""
+def _claim(run_dir: Path, lock: RunLock, recipe: Recipe, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """Check that the directory may be used; the run.json that is resumed, or None. Nothing but the lock is written here."""
     if resume and overwrite:
         raise RunError("resume and overwrite exclude each other")
+    ours = (run_dir / LOCK).is_file() or (run_dir / "run.json").is_file()
+    if ours:
+        lock.take()
+    if never_started(run_dir):
+        return None
     if resume:
         run = read_run(run_dir)
         if run["status"] == "finished":
@@ -258,7 +204,7 @@ def _claim(run_dir: Path, recipe: Recipe, resume: bool, overwrite: bool) -> dict
             )
         last = run_dir / "checkpoints" / "last.ckpt"
         if last.is_file():
-            _load_checkpoint(last, f"{run_dir} can't be resumed")
+            read_checkpoint(last, f"{run_dir} can't be resumed")
         return run
     if run_dir.exists() and not run_dir.is_dir():
         raise RunError(f"{run_dir}: is a file, not a directory")
@@ -268,7 +214,7 @@ def _claim(run_dir: Path, recipe: Recipe, resume: bool, overwrite: bool) -> dict
                 f"{run_dir}: is not empty; choose another directory (--run-dir), or for a run that lies there --resume "
                 "or --overwrite"
             )
-        if not (run_dir / "run.json").is_file():
+        if not ours:
             raise RunError(f"{run_dir}: is not empty and not a run directory; it is not overwritten")
     return None
 
@@ -292,7 +238,8 @@ def train(
     The run directory holds ``recipe.yaml``, ``run.json``, ``metrics.csv``, ``tensorboard/`` and ``checkpoints/`` with
     ``last.ckpt`` (for a resume), ``best.ckpt`` (not with ``train.final``) and ``final.ckpt``. Keys of ``run.json``:
     ``format, name, status ("running" | "finished" | "failed"), error, seed, started, finished, wall_seconds, resumed,
-    versions, machine, input, task, metric, parameters, epochs, epochs_done, warnings, results``.
+    versions, machine, input, task, metric, parameters, epochs, epochs_done, broken_images, warnings, results``.
+    ``broken_images`` are the names of those that were passed over (``data.broken: skip``).
     ``results`` is null until the end, then ``selected_epoch, gap, temperature, flips_start, train_seconds,
     images_per_second, validation, test``; the last two are null or ``{accuracy, loss, images, confusion}``.
 
@@ -310,28 +257,43 @@ def train(
         broken. RunError: the directory can't be used, or the loss is not finite. Up to there nothing was written.
     """
     run_dir = Path(run_dir)
-    before = _claim(run_dir, recipe, resume, overwrite)
+    with RunLock(run_dir) as lock:
+        return _train(recipe, run_dir, lock, resume, overwrite, test, progress, callbacks)
+
+
+def _train(
+    recipe: Recipe,
+    run_dir: Path,
+    lock: RunLock,
+    resume: bool,
+    overwrite: bool,
+    test: bool,
+    progress: bool | None,
+    callbacks: Sequence[Callback],
+) -> RunResult:
+    before = _claim(run_dir, lock, recipe, resume, overwrite)
     device = _device(recipe)
     data = load_data(recipe)
     spec = InputSpec.of(data)
-    model = build_network(recipe, spec, _float_start(recipe))
+    last = run_dir / "checkpoints" / "last.ckpt"
+    resumed = last if resume and last.is_file() else None
+    model = build_network(recipe, spec) if resumed else _starting_network(recipe, spec)
+    teacher = None if recipe.train.distill is None else load_distillation(recipe.train.distill, spec)
     notes = [] if before else _try_out(model, recipe, spec)
     t = recipe.train
-    x, y = (data.full_x, data.full_y) if t.final else (data.train_x, data.train_y)
-    augment = Augment(recipe.data.augment.crop, recipe.data.augment.flip)
+    augment = Augment(**recipe.data.augment.model_dump())
+    part: Literal["train", "full"] = "full" if t.final else "train"
     try:
-        batches = Batches(x, y, t.batch_size, recipe.seed, augment, data.zero_point)
+        batches = data.batches(t.batch_size, part=part, seed=recipe.seed, augment=augment, workers=t.workers)
+    except DataError:
+        raise
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: train.{error}") from None
-    calibration = data.train_x[: t.calibration_images or max(len(data.val_x), t.eval_batch_size)]
+    calibration = data.calibration(
+        t.calibration_images or max(data.count("val"), t.eval_batch_size), t.eval_batch_size, workers=t.workers
+    )
     task = _task(recipe, spec)
 
-    if overwrite and run_dir.is_dir():
-        try:
-            shutil.rmtree(run_dir)
-        except OSError as error:
-            error.filename = str(run_dir)  # rmtree names the file alone
-            raise
     run: dict[str, Any] = before or {
         "format": FORMAT,
         "name": recipe.name,
@@ -350,6 +312,7 @@ def train(
         "parameters": sum(p.numel() for p in model.parameters()),
         "epochs": t.epochs,
         "epochs_done": 0,
+        "broken_images": [],
         "warnings": notes,
         "results": None,
     }
@@ -357,7 +320,12 @@ def train(
         run |= {"status": "running", "error": None, "finished": None, "resumed": before["resumed"] + 1}
     new = not run_dir.exists()
     try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        if before is None:
+            _claim(run_dir, lock, recipe, resume, overwrite)  # nobody was quicker
+            empty(run_dir)
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
         write_text(run_dir / "recipe.yaml", recipe.to_yaml())
         write_json(run_dir / "run.json", run)
     except OSError:
@@ -375,14 +343,14 @@ def train(
             finished=None if status == "running" else now(),
             wall_seconds=round(already + time.perf_counter() - clock, 3),
             epochs_done=len(read_metrics(run_dir)),
+            broken_images=sorted({*run.get("broken_images", ()), *data.broken}),
         )
         write_json(run_dir / "run.json", run)
 
     try:
-        module = TrainingModule(model, recipe, task, data, calibration, run_dir)
+        module = TrainingModule(model, recipe, task, data, calibration, run_dir, teacher)
         module.after_epoch = lambda: note("running")  # so that a run that is killed tells how far it came
-        last = run_dir / "checkpoints" / "last.ckpt"
-        _fit(module, batches, device, progress, callbacks, last if resume and last.is_file() else None)
+        _fit(module, batches, device, progress, callbacks, resumed)
         run["results"] = _finish(module, data, calibration, test, run["warnings"])
         note("finished")
     except BaseException as error:
@@ -419,7 +387,7 @@ class _WholeCheckpoints(TorchCheckpointIO):
 
 def _fit(
     module: TrainingModule,
-    batches: Batches,
+    batches: TrainingBatches,
     device: str,
     progress: bool | None,
     callbacks: Sequence[Callback],
@@ -463,7 +431,7 @@ def _fit(
 
 
 def _finish(
-    module: TrainingModule, data: ImageData, calibration: Tensor, test: bool, notes: list[str]
+    module: TrainingModule, data: DataSource, calibration: Iterable[Tensor], test: bool, notes: list[str]
 ) -> dict[str, Any]:
     """Choose, calibrate, evaluate, write final.ckpt; the results."""
     model, recipe, run_dir = module.model, module.recipe, module.run_dir
@@ -477,15 +445,19 @@ def _finish(
         _log.warning(note)
     selected = int(last["epoch"])
     if not recipe.train.final:
-        best = _load_checkpoint(run_dir / "checkpoints" / "best.ckpt", "best network")
+        best = read_checkpoint(run_dir / "checkpoints" / "best.ckpt", "best network")
         model.load_state_dict(best["state_dict"])
         selected = int(best["epoch"])
     calibrate(model, recipe, calibration)
     model.eval()
-    size = recipe.train.eval_batch_size
-    validation = None if recipe.train.final else module.task.evaluate(model, data.val_x, data.val_y, size)
-    tested = module.task.evaluate(model, data.test_x, data.test_y, size) if test else None
-    write_checkpoint(run_dir / "checkpoints" / "final.ckpt", network_checkpoint(model, recipe, selected))
+    t = recipe.train
+
+    def measure(part: Part) -> Mapping[str, Any]:
+        return module.task.evaluate(model, data.evaluation(part, t.eval_batch_size, workers=t.workers))
+
+    validation = None if t.final else measure("val")
+    tested = measure("test") if test else None
+    write_checkpoint(run_dir / "checkpoints" / "final.ckpt", network_checkpoint(model, recipe, selected, data))
     seconds = sum(row["seconds"] for row in module.rows)
     return {
         "selected_epoch": selected,
@@ -497,27 +469,3 @@ def _finish(
         "validation": validation,
         "test": tested,
     }
-
-
-def load_run(run_dir: str | Path) -> tuple[Recipe, nn.Module]:
-    """The recipe and the final network of a finished run: calibrated, hard, in eval mode, on the CPU.
-
-    Raises:
-        RunError: no run directory, an unfinished or failed run, a broken checkpoint.
-    """
-    run_dir = Path(run_dir)
-    run = read_run(run_dir)
-    if run["status"] != "finished":
-        why = f" ({run['error']})" if run.get("error") else ""
-        raise RunError(
-            f"{run_dir}: this run has not finished: it is {run['status']}{why} after {run['epochs_done']} of "
-            f"{run['epochs']} epochs; resume it first"
-        )
-    recipe = load_recipe(run_dir / "recipe.yaml")
-    model = build_network(recipe, InputSpec.from_json(run["input"]))
-    tree = _load_checkpoint(run_dir / "checkpoints" / "final.ckpt", str(run_dir))
-    try:
-        model.load_state_dict(tree["state_dict"])
-    except RuntimeError as error:
-        raise RunError(f"{run_dir}: final.ckpt does not fit the recipe ({str(error).splitlines()[0]})") from None
-    return recipe, model.eval()

@@ -20,11 +20,13 @@ from lowbit.train.registry import Registry
 WEIGHTS: Registry[type[WeightQuantizer]] = Registry(
     "weight quantizer",
     {
+        "adabin": "lowbit.train.quantizers.adabin",
         "bireal": "lowbit.train.quantizers.bireal",
         "dorefa": "lowbit.train.quantizers.dorefa",
         "float": "lowbit.train.quantizers.float",
         "int8": "lowbit.train.quantizers.int8",
         "irnet": "lowbit.train.quantizers.irnet",
+        "lns": "lowbit.train.quantizers.lns",
         "lsq": "lowbit.train.quantizers.lsq",
         "recu": "lowbit.train.quantizers.recu",
         "sign": "lowbit.train.quantizers.sign",
@@ -37,6 +39,7 @@ WEIGHTS: Registry[type[WeightQuantizer]] = Registry(
 ACTIVATIONS: Registry[type[ActivationQuantizer]] = Registry(
     "activation quantizer",
     {
+        "adabin": "lowbit.train.quantizers.adabin",
         "dorefa": "lowbit.train.quantizers.dorefa",
         "int8": "lowbit.train.quantizers.int8",
         "irnet": "lowbit.train.quantizers.irnet",

@@ -61,6 +61,7 @@ class SLB(WeightQuantizer):
     """
 
     allowed_bits = (1, 2, 4)
+    real_latent = False
     temperature: Tensor
 
     def __init__(self, bits: int, init: str = "weights", spread: float = 1.0, learn_values: bool = False) -> None:
