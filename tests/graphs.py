@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ REAL = ("float32", "float16")
 
 ACTIVATIONS = ("pixels", "bipolar", "unsigned", "signed", *REAL)
 WEIGHTS = ("bipolar", "signed", "unsigned", "table", "float32")
+OFFSETS = ("input", "weight", "both")
 BITS = {"bipolar": range(1, 9), "signed": range(2, 9), "unsigned": range(1, 9), "table": range(1, 5)}
 
 
@@ -33,6 +35,16 @@ def cell_of(node: Node, types: list[ValueType], tensors: dict[str, Tensor]) -> I
         yield f"{node.op} {x[0]} x {codes.kind if codes else 'float32'}"
         if codes:
             yield f"weight {codes.kind} {codes.bits} bits"
+        if len(node.params) > 1:
+            which = "both" if len(node.params) > 2 else "input" if "input_offset" in node.params else "weight"
+            yield f"{node.op} offset {which}"
+            yield f"offset {x[0]} x {codes.kind}"
+            yield f"offset weight {codes.kind} {codes.bits} bits"
+            for what in ("padding", "stride", "dilation"):
+                if set(node.attrs.get(what, ())) - {int(what != "padding")}:
+                    yield f"offset with {what}"
+            if node.attrs.get("groups", 1) > 1:
+                yield "offset of channels" if tensors[node.params["weight"]].data.shape[3] == 1 else "offset of groups"
         if node.op == "conv2d" and types[0].codes:
             yield f"padding of {'bits' if types[0].codes.bits == 1 else 'codes'}: {any(node.attrs['padding'])}"
     elif node.op == "quantize":
@@ -63,6 +75,22 @@ EXPECTED: dict[str, dict[str, Any]] = {
         for w in WEIGHTS
     },
     **{f"weight {k} {b} bits": {"op": "conv2d", "w": k, "bits": b} for k, bits in BITS.items() for b in bits},
+    **{
+        f"{op} offset {o}": {"op": op, "x": "bipolar", "w": "bipolar", "offset": o}
+        for op in ("conv2d", "linear")
+        for o in OFFSETS
+    },
+    **{
+        f"offset {x} x {w}": {"op": "conv2d", "x": x, "w": w, "offset": "both"}
+        for x in ACTIVATIONS[:4]
+        for w in WEIGHTS[:4]
+    },
+    **{
+        f"offset weight {k} {b} bits": {"op": "conv2d", "w": k, "bits": b, "x": "codes", "offset": "weight"}
+        for k, bits in BITS.items()
+        for b in bits
+    },
+    **{f"offset {w}": {} for w in ("with padding", "with stride", "with dilation", "of groups", "of channels")},
     **{f"activation {k} {b} bits": {"x": k, "bits_x": b} for k in ("unsigned", "signed") for b in BITS[k]},
     "activation bipolar 1 bits": {"x": "bipolar"},
     **{f"quantize {x}": {"op": "quantize", "x": x} for x in REAL},
@@ -210,7 +238,23 @@ class Draw:
         stride = (1, 1) if self.chance(0.6) else (int(self.rng.integers(1, 4)), int(self.rng.integers(1, 4)))
         return {"stride": stride, "padding": tuple(int(p) for p in padding)}
 
-    def conv2d(self, v: str, kind: str = "", bits: int | None = None) -> str:
+    def offsets(self, v: str, weight: Tensor, which: str) -> tuple[dict[str, Tensor], float]:
+        """Offsets of a product of codes, as asked for ("none" too) or by chance, and the bound of the product's value."""
+        outputs, size = len(weight.data), weight.data[0].size
+        total = np.abs(weight.data).astype(np.float64).reshape(outputs, -1).sum(axis=1)
+        which = which or (self.pick(OFFSETS) if self.chance(0.25) else "none")
+        if self.types[v].codes is None or weight.codes is None or which == "none":
+            return {}, self.bound[v] * float(total.max())
+        constants, bound = {}, self.bound[v]
+        if which in ("input", "both"):
+            constants["input_offset"] = Tensor(self.constant(1, bound / 4))
+            bound += float(np.abs(constants["input_offset"].data).max())
+        if which in ("weight", "both"):
+            constants["weight_offset"] = Tensor(self.constant(outputs, float(np.abs(weight.data).max()) / 4 + 0.1))
+            total = total + size * np.abs(constants["weight_offset"].data)
+        return constants, bound * float(total.max())
+
+    def conv2d(self, v: str, kind: str = "", bits: int | None = None, offset: str = "") -> str:
         kind = kind or self.pick(WEIGHTS)
         channels = self.types[v].channels
         outputs = int(self.pick(CHANNELS))
@@ -230,8 +274,9 @@ class Draw:
             kernel = dilation = (1, 1)
         shape = (outputs, *kernel, channels // groups)
         weight = self.weight(shape, kind, bits)
-        bound = self.bound[v] * float(np.abs(weight.data).astype(np.float64).reshape(outputs, -1).sum(axis=1).max())
-        return self.node("conv2d", (v,), bound, {**window, "dilation": dilation, "groups": groups}, weight=weight)
+        constants, bound = self.offsets(v, weight, offset)
+        attrs = {**window, "dilation": dilation, "groups": groups}
+        return self.node("conv2d", (v,), bound, attrs, weight=weight, **constants)
 
     def block(self, v: str) -> str:
         """What networks are made of and the engine fuses: product of codes -> float steps -> (residual) -> quantize."""
@@ -253,10 +298,10 @@ class Draw:
         kind = self.pick(("bipolar", "bipolar", "bipolar", "signed"))
         return self.quantize(v, kind, 1 if kind == "bipolar" else int(self.pick(BITS[kind])))
 
-    def linear(self, v: str, kind: str = "", bits: int | None = None) -> str:
+    def linear(self, v: str, kind: str = "", bits: int | None = None, offset: str = "") -> str:
         weight = self.weight((int(self.pick(CHANNELS)), self.types[v].channels), kind or self.pick(WEIGHTS), bits)
-        bound = self.bound[v] * float(np.abs(weight.data).astype(np.float64).sum(axis=1).max())
-        return self.node("linear", (v,), bound, weight=weight)
+        constants, bound = self.offsets(v, weight, offset)
+        return self.node("linear", (v,), bound, weight=weight, **constants)
 
     def pool(self, v: str, op: str) -> str:
         kernel = self.pick([(2, 2), (3, 3), (1, 1), (3, 2)])
@@ -370,7 +415,7 @@ def draw(seed: int, ask: dict[str, Any] | None = None, steps: int = 8) -> Graph:
     vector = op == "linear" or (op in ("quantize", "mul", "output", "concat") and d.chance(0.2))
     dtype = ask.get("input", "uint8" if x == "pixels" else d.pick(("uint8", "uint8", "float32")))
     v = d.input(dtype, image=not vector or d.chance(0.3), zero_point=x == "pixels" or d.chance(0.5))
-    product = {"kind": ask.get("w", ""), "bits": ask.get("bits")}
+    product = {"kind": ask.get("w", ""), "bits": ask.get("bits"), "offset": ask.get("offset", "")}
     if len(d.types[v].shape) == 3 and vector:
         v = d.flatten(v)
     if x and x != "pixels":
@@ -385,7 +430,7 @@ def draw(seed: int, ask: dict[str, Any] | None = None, steps: int = 8) -> Graph:
                 if d.types[v].codes is None:
                     v = d.quantize(d.real(v), "bipolar", 1)
                 kind = d.pick(WEIGHTS[:-1])
-                v = d.linear(v, kind) if vector else d.conv2d(v, kind)
+                v = d.linear(v, kind, offset="none") if vector else d.conv2d(v, kind, offset="none")
             case _:
                 v = d.real(v, x)
     match op:
@@ -412,6 +457,22 @@ def draw(seed: int, ask: dict[str, Any] | None = None, steps: int = 8) -> Graph:
         older = [n for n, t in d.types.items() if int(np.prod(t.shape)) <= 20_000]
         v = d.step(d.latest if straight or (d.chance(0.75) and d.latest in older) else d.pick(older))
     return d.finish()
+
+
+def with_offsets(graph: Graph, seed: int = 0) -> Graph:
+    """`graph` with both offsets on every product of codes; steps behind it must take float32."""
+    rng = np.random.default_rng(seed)
+    types = graph.validate()
+    nodes, tensors = [], dict(graph.tensors)
+    for node in graph.nodes:
+        weight = tensors.get(node.params.get("weight", ""))
+        if weight is not None and weight.codes and types[node.inputs[0]].codes:
+            names = {role: f"{node.name}.{role}" for role in ("input_offset", "weight_offset")}
+            tensors[names["input_offset"]] = Tensor(rng.normal(size=1))
+            tensors[names["weight_offset"]] = Tensor(rng.normal(size=len(weight.data)))
+            node = replace(node, params={**node.params, **names})
+        nodes.append(node)
+    return Graph(tuple(nodes), tensors, graph.meta)
 
 
 def inputs(graph: Graph, seed: int, batch: int) -> np.ndarray:

@@ -26,7 +26,7 @@ RANDOM_GRAPHS = int(os.environ.get("LOWBIT_TEST_GRAPHS", "900"))
 CORES = os.cpu_count() or 1
 AVAILABLE = [isa for isa, available in isas().items() if available]
 KERNELS = ("bit_conv", "int_gemm", "float_gemm", "depthwise_int", "depthwise_float", "pool", "elementwise")
-KERNELS += ("bit_conv+threshold", "int_gemm+threshold", "concat", "flatten", "pixel_shuffle")
+KERNELS += ("bit_conv+threshold", "int_gemm+threshold", "concat", "flatten", "pixel_shuffle", "code_sums")
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
@@ -207,6 +207,112 @@ def test_float16_conversions_of_every_half() -> None:
         assert not difference(load(graph, isa=isa), x, output, values)
 
 
+# --- code offsets ---
+
+
+def one_product(
+    rng: np.random.Generator, x: Codes, w: Codes, side: int, channels: int, filters: int, roles: str, **attrs: object
+) -> Graph:
+    """float32 -> codes -> convolution with offsets -> sign."""
+    attrs = {"stride": (1, 1), "dilation": (1, 1), "padding": (0,) * 4, "groups": 1, "kernel": (3, 3), **attrs}
+    kernel = attrs.pop("kernel")
+    shape = (filters, *kernel, channels // attrs["groups"])
+    offsets = {"input_offset": rng.normal(size=1), "weight_offset": rng.normal(size=filters)}
+    params = {"weight": "w", **{role: role for role in offsets if role.split("_")[0] in roles}}
+    tensors = {role: Tensor(offsets[role]) for role in params if role != "weight"}
+    tensors["w"] = Tensor(rng.choice(w.values, shape), w)
+    code = {"kind": x.kind, "bits": x.bits} | ({} if x.kind == "bipolar" else {"reciprocal": 1.0})
+    nodes = (
+        Node("input", "x", attrs={"shape": (side, side, channels), "dtype": "float32"}),
+        Node("quantize", "q", ("x",), attrs=code),
+        Node("conv2d", "c", ("q",), params, attrs),
+        Node("quantize", "s", ("c",), attrs={"kind": "bipolar", "bits": 1}),
+        Node("output", "y", ("s",)),
+    )
+    return Graph(nodes, tensors)
+
+
+SIGN, EIGHT = Codes("bipolar", 1), Codes("signed", 8)
+
+
+@pytest.mark.parametrize("roles", ["input", "weight", "input and weight"])
+@pytest.mark.parametrize(
+    "codes", [(SIGN, SIGN), (EIGHT, SIGN), (Codes("unsigned", 3), Codes("table", 2, (-5, 0, 1, 9)))]
+)
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        {"padding": (1, 1, 1, 1)},
+        {"kernel": (1, 1)},
+        {
+            "kernel": (2, 2),
+            "dilation": (4, 4),
+            "padding": (4, 4, 4, 4),
+        },  # at the corners only one tap, elsewhere two or four
+        {"kernel": (2, 2), "dilation": (8, 8), "padding": (8, 0, 8, 3), "stride": (3, 2)},  # rows with no tap inside
+        {"groups": 2, "padding": (2, 0, 1, 1)},
+        {"groups": 64, "padding": (1, 1, 1, 1)},
+    ],
+)
+def test_offsets(attrs: dict[str, object], codes: tuple[Codes, Codes], roles: str) -> None:
+    rng = np.random.default_rng(SEED)
+    graph = one_product(rng, *codes, side=7, channels=64, filters=64, roles=roles, **attrs)
+    x = (rng.normal(size=(2, 7, 7, 64)) * 40).astype(np.float32)
+    output, values = run(graph, x, trace=True)
+    # without the sign, so that the product itself is compared
+    bare = Graph((*graph.nodes[:3], Node("output", "y", ("c",))), graph.tensors)
+    for isa in AVAILABLE:
+        for threads in (1, min(2, CORES)):
+            engine = load(graph, threads=threads, isa=isa)
+            engine._native._debug_always_share()
+            assert not difference(engine, x, output, values)
+            assert same(load(bare, threads=threads, isa=isa)(x), values["c"])
+
+
+def test_where_an_input_offset_is_a_constant_thresholds_stay() -> None:
+    rng = np.random.default_rng(SEED)
+    plans = {}
+    for roles, padding in (("input", 0), ("input", 1), ("input and weight", 0)):
+        graph = one_product(rng, SIGN, SIGN, 6, 32, 32, roles, padding=(padding,) * 4)
+        *nodes, _ = graph.nodes
+        after = Node("conv2d", "d", ("s",), {"weight": "v"}, {**nodes[2].attrs, "padding": (0,) * 4})
+        tensors = {**graph.tensors, "v": signs(rng, 8, 3, 3, 32)}
+        graph = Graph((*nodes, after, Node("output", "y", ("d",))), tensors)
+        x = rng.normal(size=(2, 6, 6, 32)).astype(np.float32)
+        output, values = run(graph, x, trace=True)
+        engines = [load(graph, isa=isa) for isa in AVAILABLE]
+        assert not any(difference(engine, x, output, values) for engine in engines)
+        plans[roles, padding] = [s["kernel"] for s in engines[0].plan][2:-1]
+    assert plans == {
+        ("input", 0): ["bit_conv+threshold"],
+        ("input", 1): ["bit_conv"],
+        ("input and weight", 0): ["code_sums", "bit_conv"],
+    }
+
+
+def test_large_sums_are_rounded_once() -> None:
+    """Accumulators and sums of the input beyond 2^24: their conversion to float32 rounds, and everywhere alike."""
+    rng = np.random.default_rng(SEED)
+    size = 60_000
+    tensors = {
+        "w": Tensor(rng.integers(0, 100, (3, 2 * size)), Codes("unsigned", 8)),
+        "i": Tensor(np.array([0.37])),
+        "o": Tensor(rng.normal(size=3)),
+    }
+    nodes = (
+        Node("input", "x", attrs={"shape": (2, 1, size), "dtype": "uint8", "zero_point": (0,) * size}),
+        Node("flatten", "f", ("x",)),
+        Node("linear", "l", ("f",), {"weight": "w", "input_offset": "i", "weight_offset": "o"}),
+        Node("output", "y", ("l",)),
+    )
+    x = rng.integers(100, 256, (2, 2, 1, size)).astype(np.uint8)
+    assert x.reshape(2, -1).sum(axis=1, dtype=np.int64).min() > 2**24
+    graph = Graph(nodes, tensors)
+    expected = graph.run(x)
+    for isa in AVAILABLE:
+        assert same(load(graph, isa=isa)(x), expected)
+
+
 # --- batches, threads ---
 
 
@@ -368,7 +474,21 @@ def numbers(value: float, *shape: int) -> np.ndarray:
     return np.full(shape, value, np.float32)
 
 
+def offset(n: Begun, x: int | None = None, weights: _engine.Weights | None = None, **offsets: np.ndarray) -> int:
+    weights = weights or sign_weights(4, 1, 1, 8)
+    return n.b.conv2d("n", n.q if x is None else x, weights, (1, 1), (1, 1), (0, 0, 0, 0), 1, **offsets)
+
+
 NATIVE_REFUSALS = {
+    "offset beside floats": ("offsets are for codes", lambda n: offset(n, x=n.x, input_offset=numbers(1, 1))),
+    "offset of float weights": (
+        "offsets are for codes",
+        lambda n: offset(n, weights=_engine.Weights.floats(numbers(1, 4, 1, 1, 8)), weight_offset=numbers(1, 1)),
+    ),
+    "input offsets": ("input_offset is one number, got 2", lambda n: offset(n, input_offset=numbers(1, 2))),
+    "weight offsets": ("weight_offset has 3 numbers for 4", lambda n: offset(n, weight_offset=numbers(1, 3))),
+    "offset NaN": ("infinite or NaN", lambda n: offset(n, input_offset=numbers(np.nan, 1))),
+    "offset inf": ("infinite or NaN", lambda n: offset(n, weight_offset=numbers(np.inf, 4))),
     "kernel too large": ("kernels are 1..11", lambda n: n.conv(sign_weights(4, 12, 1, 8))),
     "extent": ("larger than the padded", lambda n: n.conv(sign_weights(4, 7, 7, 8))),
     "padding": ("padding is not less", lambda n: n.conv(sign_weights(4, 1, 1, 8), padding=(1, 1, 1, 1))),
@@ -432,6 +552,17 @@ def test_native_refusals(what: str) -> None:
 def test_native_refuses_inputs(shape: tuple[int, ...], zero_point: tuple[int, ...], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         _engine.Builder().input_uint8("x", shape, zero_point)
+
+
+def test_native_sums_end_at_32_bits() -> None:
+    b = _engine.Builder()
+    x = b.input_uint8("x", (65536,), (0,) * 65536)
+    for n in range(8):
+        x = b.concat(f"twice{n}", [x, x])
+    zeros = _engine.Weights.codes(np.zeros((1, 65536 * 256), np.int16), "unsigned", 1, ())
+    b.linear("fits", x, zeros, numbers(1, 1))
+    with pytest.raises(ValueError, match="beyond: the sum of the input could reach 4278190080, beyond 32 bits"):
+        b.linear("beyond", x, zeros, None, numbers(1, 1))
 
 
 def test_native_accumulators_end_at_32_bits() -> None:

@@ -43,6 +43,12 @@ def conv(name: str = "c", **attrs: Any) -> Node:
     return Node("conv2d", name, params={"weight": "w"}, attrs={**GEOMETRY, **attrs})
 
 
+def offset(role: str, value: Tensor, w: Tensor | None = None) -> Graph:
+    """sign -> conv2d with one more constant."""
+    node = Node("conv2d", "c", params={"weight": "w", role: "o"}, attrs=GEOMETRY)
+    return chain(sign(), node, tensors={"w": w or weight(2, 3, 3, 4), "o": value})
+
+
 def test_types_are_inferred() -> None:
     scale = Node("mul", "m", params={"factor": "f"})
     types = chain(sign(), conv(stride=(2, 2)), scale, tensors={"w": weight(8, 3, 3, 4), "f": constant(0.5)}).validate()
@@ -90,6 +96,15 @@ def test_float_sides_make_float_products() -> None:
         (chain(conv(padding=(3, 1, 1, 1)), tensors={"w": weight(2, 3, 3, 4)}), "padding .* not less than the kernel"),
         (chain(conv(padding=(0, 0, 0, 0)), tensors={"w": weight(2, 7, 3, 4)}), "larger than the padded input"),
         (chain(Node("linear", "l", params={"weight": "w"}), tensors={"w": weight(2, 4)}), "flatten images first"),
+        (chain(Node("relu", "r", params={"slope": "w"}), tensors={"w": constant(1)}), "r .relu.: unknown constant 'slope'"),
+        (chain(Node("mul", "m", params={"factor": "f", "input_offset": "f"}), tensors={"f": constant(1)}), "unknown constant 'input_offset'"),
+        (offset("bias_offset", constant(1)), "c .conv2d.: unknown constant 'bias_offset'"),
+        (offset("input_offset", constant(1, 2)), r"input_offset must be float32 of shape \(1,\) or \(1,\), got \(2,\)"),
+        (offset("weight_offset", constant(1, 2, 3)), r"weight_offset must be float32 of shape \(2,\)"),
+        (offset("weight_offset", weight(2)), "weight_offset must be float32"),
+        (offset("weight_offset", constant(np.inf)), "'o' holds infinities or NaN"),
+        (offset("input_offset", constant(1), Tensor(np.ones((2, 3, 3, 4)))), "input_offset is for codes with code weights"),
+        (chain(Node("conv2d", "c", params={"weight": "w", "weight_offset": "o"}, attrs=GEOMETRY), tensors={"w": weight(2, 3, 3, 4), "o": constant(1)}), "weight_offset is for codes with code weights, the input is float32"),
         (chain(Node("cast", "t", attrs={"dtype": "bfloat16"})), "casts to float16 or float32"),
         (chain(Node("clip", "t", attrs={"low": 1.0, "high": 0.0})), "low is above high"),
         (chain(Node("pixel_shuffle", "p", attrs={"factor": 3})), "squared must divide the 4 channels"),
@@ -122,6 +137,24 @@ def test_accumulators_have_32_bits() -> None:
     w = np.full((1, 1, 1, 33026), 255, np.int16)
     with pytest.raises(GraphError, match="c .conv2d.: the accumulator could reach 2147515650"):
         chain(conv(padding=(0,) * 4), tensors={"w": Tensor(w, eight)}, **wide).validate()
+
+
+def test_sums_of_the_input_have_32_bits_too() -> None:
+    """With weights of 0 and 1 the accumulator may be small where the sum of the input's codes is not."""
+    size = 65536 * 129
+    codes = Codes("unsigned", 1)
+    w = np.zeros((1, size), np.int16)
+    body = [Node("flatten", "f"), Node("linear", "l", params={"weight": "w"})]
+    pixels = {"dtype": "uint8", "zero_point": (0,), "shape": (65536, 129, 1)}
+    chain(*body, tensors={"w": Tensor(w, codes)}, **pixels).validate()
+    body[1] = Node("linear", "l", params={"weight": "w", "weight_offset": "o"})
+    with pytest.raises(GraphError, match="l .linear.: the sum of the input could reach 2155806720, beyond 32 bits"):
+        chain(*body, tensors={"w": Tensor(w, codes), "o": constant(1)}, **pixels).validate()
+
+
+def test_products_with_offsets_are_floats() -> None:
+    types = offset("input_offset", constant(0.5)).validate()
+    assert (types["c"].dtype, types["c"].shape) == ("float32", (6, 6, 2))
 
 
 def test_zero_points_go_to_products_only() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lowbit
-from graphs import draw
+from graphs import draw, with_offsets
 from lowbit.graph import Graph, Node, Tensor
 from lowbit.inspect import inspect, layer_table
 from networks import classifier
@@ -53,6 +53,13 @@ def test_counts_by_hand(tmp_path: Path) -> None:
     assert found.macs == stem.macs + 2 * block.macs + head.macs
     assert found.low_bit_ratio == block.float_bytes / block.file_bytes
     assert found.meta["classes"] == ["circle", "square", "triangle"]
+
+
+def test_offsets_count_as_constants(tmp_path: Path) -> None:
+    lowbit.save(with_offsets(classifier()), tmp_path / "x.lowbit")
+    rows = {layer.name: layer for layer in inspect(tmp_path / "x.lowbit").layers}
+    assert (rows["block0"].weight_bytes, rows["block0"].constant_bytes) == (16 * 16 * 9 // 8, (2 * 16 + 16 + 1) * 4)
+    check_sum(tmp_path / "x.lowbit")
 
 
 def test_a_shared_constant_counts_once() -> None:

@@ -57,6 +57,51 @@ def test_integer_convolution_is_pytorchs(kernel, stride, dilation, groups) -> No
     assert np.array_equal(acc, expected.permute(0, 2, 3, 1).numpy())
 
 
+@pytest.mark.parametrize("roles", [("input_offset",), ("weight_offset",), ("input_offset", "weight_offset")])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5)])
+def test_offsets_shift_codes_but_not_the_padding(kernel, stride, groups, roles) -> None:
+    """Offsets of a few bits: every step is exact, so the value is PyTorch's convolution of the shifted numbers."""
+    g = np.random.default_rng(1)
+    w = g.integers(-128, 128, (6, *kernel, 6 // groups)).astype(np.int16)
+    x = g.integers(0, 256, (2, 11, 9, 6)).astype(np.uint8)
+    zero = (3, 0, 255, 7, 128, 1)
+    offsets = {"input_offset": np.float32([-0.75]), "weight_offset": (np.arange(6, dtype=np.float32) - 2) / 4}
+    offsets = {role: offsets[role] for role in roles}
+    pad = tuple((k - 1) // 2 for k in kernel)
+    node = conv(stride=stride, groups=groups, padding=(*pad, *pad))
+    node = Node("conv2d", "c", params={"weight": "w", **{role: role for role in roles}}, attrs=node.attrs)
+    tensors = {"w": Tensor(w, Codes("signed", 8)), **{role: Tensor(value) for role, value in offsets.items()}}
+    out = run(node, x=x, tensors=tensors, dtype="uint8", zero_point=zero)
+    centred = torch.from_numpy(x.astype(np.float64) - np.array(zero)).permute(0, 3, 1, 2)
+    weight = torch.from_numpy(w.astype(np.float64)).permute(0, 3, 1, 2)
+    if "input_offset" in roles:
+        centred = centred - 0.75
+    if "weight_offset" in roles:
+        weight = weight + torch.from_numpy(offsets["weight_offset"].astype(np.float64)).view(-1, 1, 1, 1)
+    expected = F.conv2d(centred, weight, None, stride, pad, 1, groups)
+    assert out.dtype == np.float32
+    assert np.array_equal(out, expected.permute(0, 2, 3, 1).numpy())
+
+
+def test_offsets_are_added_in_one_order() -> None:
+    """Numbers for which the order of docs/OPS.md, two others and the exact sum, rounded once, all give other bits."""
+    f = np.float32
+    w = Tensor(np.array([[1, -1, 1]], np.int16), Codes("bipolar", 1))
+    x = np.array([[3.0, 1.0, -2.0]], np.float32)  # codes 1, 1, -1: acc -1, S 1, W 1, N 3
+    dw, da = f(1 / 3), f(1 / 7)
+    tensors = {"w": w, "a": constant(float(da)), "b": constant(float(dw))}
+    node = Node("linear", "l", params={"weight": "w", "input_offset": "a", "weight_offset": "b"})
+    out = run(sign(), node, x=x, tensors=tensors).item()
+    t, count = f(f(-1) + dw), f(f(3) * f(dw * da))
+    border = f(da + count)
+    assert out == f(t + border)
+    assert out != f(f(t + da) + count)
+    assert out != f(f(f(-1) + border) + dw)
+    assert out != f(-1 + float(dw) + float(da) + 3 * float(dw) * float(da))
+
+
 def test_float_convolution_has_one_order() -> None:
     """1e8 + 1 - 1e8 is 0 in float32, in this order; any other order of three gives 1."""
     w = Tensor(np.ones((1, 1, 3, 1), np.float32))

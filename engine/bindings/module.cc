@@ -2,10 +2,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -37,6 +39,12 @@ const char* DtypeName(Dtype dtype) {
 }
 
 std::vector<float> List(const Floats& x) { return {x.data(), x.data() + x.size()}; }
+
+using MaybeFloats = std::optional<Floats>;
+
+Offsets OffsetsOf(const MaybeFloats& input, const MaybeFloats& weight) {
+  return {input ? List(*input) : std::vector<float>{}, weight ? List(*weight) : std::vector<float>{}};
+}
 
 template <typename Array>
 Weights Shaped(const Array& x) {
@@ -161,11 +169,18 @@ NB_MODULE(_engine, m) {
       .def(
           "conv2d",
           [](Builder& b, const std::string& name, Value x, const Weights& w, I2 stride, I2 dilation, I4 padding,
-             int groups) { return b.Conv2d(name, x, w, {stride, dilation, padding}, groups); },
-          "name"_a, "x"_a, "weights"_a, "stride"_a, "dilation"_a, "padding"_a, "groups"_a)
+             int groups, const MaybeFloats& input_offset, const MaybeFloats& weight_offset) {
+            return b.Conv2d(name, x, w, {stride, dilation, padding}, groups, OffsetsOf(input_offset, weight_offset));
+          },
+          "name"_a, "x"_a, "weights"_a, "stride"_a, "dilation"_a, "padding"_a, "groups"_a,
+          "input_offset"_a = nb::none(), "weight_offset"_a = nb::none())
       .def(
-          "linear", [](Builder& b, const std::string& name, Value x, const Weights& w) { return b.Linear(name, x, w); },
-          "name"_a, "x"_a, "weights"_a)
+          "linear",
+          [](Builder& b, const std::string& name, Value x, const Weights& w, const MaybeFloats& input_offset,
+             const MaybeFloats& weight_offset) {
+            return b.Linear(name, x, w, OffsetsOf(input_offset, weight_offset));
+          },
+          "name"_a, "x"_a, "weights"_a, "input_offset"_a = nb::none(), "weight_offset"_a = nb::none())
       .def(
           "mul", [](Builder& b, const std::string& name, Value x, const Floats& c) { return b.Mul(name, x, List(c)); },
           "name"_a, "x"_a, "factor"_a)

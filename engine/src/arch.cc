@@ -84,6 +84,7 @@ Kernels SelectKernels(const std::string& name, uint32_t features) {
       FillIn(out.float_gemm, next.float_gemm);
       FillIn(out.patches, next.patches);
       FillIn(out.depthwise, next.depthwise);
+      FillIn(out.code_sums, next.code_sums);
       FillIn(out.sum_pool, next.sum_pool);
       FillIn(out.max_pool, next.max_pool);
       FillIn(out.epilogue, next.epilogue);

@@ -105,7 +105,7 @@ class Rule {
   }
 
   // Weights, already 4-D, for `channels` inputs in node().groups groups; gives dtype and channels of the result.
-  void Product(Weights w, int64_t channels) {
+  void Product(Weights w, int64_t channels, Offsets offsets) {
     const auto& s = w.shape;
     int64_t count = 1;
     for (int64_t side : s) {
@@ -128,7 +128,13 @@ class Rule {
     }
     node_.type.shape.channels = s[0];
     node_.type.dtype = w.integer && in().dtype == Dtype::kCodes ? Dtype::kInt32 : Dtype::kFloat32;
-    if (node_.type.dtype == Dtype::kInt32) CheckAccumulator(w);
+    const bool with_offset = !offsets.input.empty() || !offsets.weight.empty();
+    if (node_.type.dtype == Dtype::kInt32) {
+      CheckAccumulator(w);
+      if (with_offset) Offset(w, std::move(offsets));
+    } else if (with_offset) {
+      fail("offsets are for codes with code weights");
+    }
     node_.weights = std::move(w);
   }
 
@@ -152,14 +158,39 @@ class Rule {
   }
 
  private:
-  void CheckAccumulator(const Weights& w) const {
+  // The largest |code| of the input.
+  int64_t LargestCode() const {
     const ValueType& x = in();
     int lowest = LowestCode(x.codes), highest = HighestCode(x.codes);
     if (!x.zero_point.empty()) {
       lowest -= *std::max_element(x.zero_point.begin(), x.zero_point.end());
       highest -= *std::min_element(x.zero_point.begin(), x.zero_point.end());
     }
-    const int64_t largest = std::max(-lowest, highest);
+    return std::max(-lowest, highest);
+  }
+
+  void Offset(const Weights& w, Offsets offsets) {
+    const size_t filters = size_t(w.shape[0]);
+    if (offsets.input.size() > 1) fail("input_offset is one number, got " + std::to_string(offsets.input.size()));
+    if (offsets.weight.size() > 1 && offsets.weight.size() != filters) {
+      fail("weight_offset has " + std::to_string(offsets.weight.size()) + " numbers for " + std::to_string(filters) +
+           " channels");
+    }
+    for (float v : offsets.input) Finite(v);
+    for (float v : offsets.weight) Finite(v);
+    if (!offsets.weight.empty()) {
+      const int64_t reach = int64_t(w.codes.size() / filters) * LargestCode();
+      if (reach > std::numeric_limits<int32_t>::max()) {
+        fail("the sum of the input could reach " + std::to_string(reach) + ", beyond 32 bits");
+      }
+    }
+    if (offsets.weight.size() == 1) offsets.weight.assign(filters, offsets.weight[0]);
+    node_.offsets = std::move(offsets);
+    node_.type.dtype = Dtype::kFloat32;
+  }
+
+  void CheckAccumulator(const Weights& w) const {
+    const int64_t largest = LargestCode();
     const size_t per_filter = w.codes.size() / size_t(w.shape[0]);
     for (size_t o = 0; o < size_t(w.shape[0]); ++o) {
       int64_t total = 0;
@@ -226,7 +257,8 @@ Value Builder::Quantize(const std::string& name, Value x, const Codes& codes, fl
   return r.Done();
 }
 
-Value Builder::Conv2d(const std::string& name, Value x, Weights weights, const Geometry& geometry, int groups) {
+Value Builder::Conv2d(const std::string& name, Value x, Weights weights, const Geometry& geometry, int groups,
+                      Offsets offsets) {
   Rule r(*network_, name, Op::kConv, {x});
   r.RealOrCodes();
   if (weights.shape.size() != 4) r.fail("the weight must be (O, kH, kW, I)");
@@ -236,17 +268,17 @@ Value Builder::Conv2d(const std::string& name, Value x, Weights weights, const G
       r.fail("kernels are 1.." + std::to_string(kMaxKernel) + " a side");
   }
   r.Slide({int(weights.shape[1]), int(weights.shape[2])}, geometry);
-  r.Product(std::move(weights), r.in().shape.channels);
+  r.Product(std::move(weights), r.in().shape.channels, std::move(offsets));
   return r.Done();
 }
 
-Value Builder::Linear(const std::string& name, Value x, Weights weights) {
+Value Builder::Linear(const std::string& name, Value x, Weights weights, Offsets offsets) {
   Rule r(*network_, name, Op::kLinear, {x});
   r.RealOrCodes();
   if (r.in().shape.image) r.fail("takes a vector (C,), got (" + Text(r.in().shape) + "); flatten images first");
   if (weights.shape.size() != 2) r.fail("the weight must be (O, I)");
   weights.shape = {weights.shape[0], 1, 1, weights.shape[1]};
-  r.Product(std::move(weights), r.in().shape.channels);
+  r.Product(std::move(weights), r.in().shape.channels, std::move(offsets));
   return r.Done();
 }
 

@@ -35,6 +35,7 @@ struct Node {
   std::vector<Value> inputs;
   ValueType type;
   Weights weights;              // as 4-D, for linear too
+  Offsets offsets;              // of a product of codes: the weight's are one per channel
   std::vector<float> constant;  // factor, term or slope: one per channel
   Geometry geometry;
   std::array<int, 2> kernel = {1, 1};

@@ -118,11 +118,15 @@ class Planner {
     return s.epilogue.back();
   }
 
-  void PushConstant(PlanStep& s, Step step, const Node& n) {
-    Aligned<float> padded(size_t(RoundUp(n.type.shape.channels, kLanes)));
-    std::copy(n.constant.begin(), n.constant.end(), padded.data());
-    Push(s, step).constant = padded.data();
+  static const float* Constant(PlanStep& s, const std::vector<float>& values) {
+    Aligned<float> padded(size_t(RoundUp(int64_t(values.size()), kLanes)));
+    std::copy(values.begin(), values.end(), padded.data());
     s.constants.push_back(std::move(padded));
+    return s.constants.back().data();
+  }
+
+  static void PushConstant(PlanStep& s, Step step, const std::vector<float>& values) {
+    Push(s, step).constant = Constant(s, values);
   }
 
   EpilogueStep& PushSlot(PlanStep& s, Step step, int buffer) {
@@ -197,9 +201,9 @@ class Planner {
   void Follow(PlanStep& s, Value next, Value v) {
     const Node& n = node(next);
     switch (n.op) {
-      case Op::kMul: PushConstant(s, Step::kMul, n); break;
-      case Op::kAddConst: PushConstant(s, Step::kAdd, n); break;
-      case Op::kPrelu: PushConstant(s, Step::kPrelu, n); break;
+      case Op::kMul: PushConstant(s, Step::kMul, n.constant); break;
+      case Op::kAddConst: PushConstant(s, Step::kAdd, n.constant); break;
+      case Op::kPrelu: PushConstant(s, Step::kPrelu, n.constant); break;
       case Op::kRelu: Push(s, Step::kRelu); break;
       case Op::kClip: {
         EpilogueStep& e = Push(s, Step::kClip);
@@ -328,12 +332,14 @@ class Planner {
     const Node& n = node(v);
     const ValueType& x = type(n.inputs[0]);
     const Weights& w = n.weights;
-    s.integer = n.type.dtype == Dtype::kInt32;
+    const bool bits = IsBitConv(n);
+    const Rep source = bits ? Rep::kBits : Natural(x);
+    const int sums = n.offsets.weight.empty() ? -1 : SumCodes(v, source);
+    s.integer = w.integer && x.dtype == Dtype::kCodes;
     s.tile = s.integer ? Rep::kI32 : Rep::kF32;
     s.info.isa = kernels_.isa;
     s.info.macs = n.type.shape.height * n.type.shape.width * int64_t(w.integer ? w.codes.size() : w.numbers.size());
-    const bool bits = IsBitConv(n);
-    s.sources.push_back(Source(n.inputs[0], bits ? Rep::kBits : Natural(x)));
+    s.sources.push_back(Source(n.inputs[0], source));
     Cover(s, v);
     if (bits) {
       PackBits(s, n);
@@ -342,8 +348,95 @@ class Planner {
     } else {
       PackGemm(s, n, x);
     }
+    PushOffsets(s, n, sums);
     Chain(s, v);
     if (s.integer) UseThresholds(s, n, x);
+  }
+
+  // A step of its own: under every output position, the sum of the input's codes, as float32. One number where all
+  // filters see the same channels, else one for each filter. Returns the buffer.
+  int SumCodes(Value v, Rep source) {
+    const Node& n = node(v);
+    PlanStep s;
+    s.producer = Producer::kCodeSums;
+    s.node = v;
+    s.info.kernel = "code_sums";
+    s.info.name = n.name;
+    s.info.isa = kernels_.isa;
+    s.sources.push_back(Source(n.inputs[0], source));
+    Buffer b{-1, Rep::kF32, n.type.shape, 1};
+    if (n.groups == 1) {
+      b.shape.channels = 1;
+    } else {
+      b.pixel = RoundUp(b.shape.channels, kLanes);
+    }
+    b.first = b.last = int(plan_.steps.size());
+    plan_.buffers.push_back(b);
+    const int id = int(plan_.buffers.size() - 1);
+    s.shape = b.shape;
+    s.writes.push_back(id);
+    s.info.bytes = b.image_bytes();
+    const Buffer& from = plan_.buffers[size_t(s.sources[0])];
+    s.tile_pixels = int(from.shape.width);  // the sums of a row's columns
+    s.tile_step = n.groups;
+    s.nanoseconds = 0.2 * double(from.image_bytes() + b.image_bytes());
+    plan_.scratch = std::max(plan_.scratch, Scratch(s));
+    plan_.steps.push_back(std::move(s));
+    return id;
+  }
+
+  // What offsets add to the accumulator (docs/OPS.md): the sum of the input's codes times weight_offset, then a number
+  // that depends on the filter and its valid taps only.
+  void PushOffsets(PlanStep& s, const Node& n, int sums) {
+    if (sums >= 0) {
+      const float* const constant = Constant(s, n.offsets.weight);
+      PushSlot(s, n.groups == 1 ? Step::kAddSum : Step::kAddSums, sums).constant = constant;
+      plan_.buffers[size_t(sums)].last = int(plan_.steps.size());
+    }
+    if (n.offsets.input.empty()) return;
+    const Weights& w = n.weights;
+    const float input_offset = n.offsets.input[0];
+    const size_t filters = size_t(w.shape[0]), channels = size_t(w.shape[3]), taps = size_t(w.shape[1] * w.shape[2]);
+    const size_t padded = size_t(RoundUp(w.shape[0], kLanes));
+    const auto [rows, cols] = SetClasses(s, n, int64_t(padded));
+    s.border = Aligned<float>(rows.valid.size() * cols.valid.size() * padded);
+    float* border = s.border.data();
+    for (const auto& row : rows.valid) {
+      for (const auto& col : cols.valid) {
+        for (size_t o = 0; o < filters; ++o) {
+          int32_t sum = 0, count = 0;
+          for (size_t t = 0; t < taps; ++t) {
+            if (!row[t / col.size()] || !col[t % col.size()]) continue;
+            count += int32_t(channels);
+            const auto first = w.codes.begin() + ptrdiff_t((o * taps + t) * channels);
+            sum = std::accumulate(first, first + ptrdiff_t(channels), sum);
+          }
+          border[o] = float(sum) * input_offset;
+          if (sums >= 0) border[o] = border[o] + float(count) * (n.offsets.weight[o] * input_offset);
+        }
+        border += padded;
+      }
+    }
+    if (s.border.size() > padded) {
+      Push(s, Step::kAddBorder);
+    } else {  // one class
+      PushConstant(s, Step::kAdd, {s.border.data(), s.border.data() + filters});
+      s.border = {};
+    }
+  }
+
+  // Sets where an output position's border class lies in tables of `step` numbers for each.
+  std::pair<Axis, Axis> SetClasses(PlanStep& s, const Node& n, int64_t step) const {
+    const Shape& in = type(n.inputs[0]).shape;
+    const Shape& out = n.type.shape;
+    const Geometry& g = n.geometry;
+    Axis rows = Classes(out.height, in.height, n.kernel[0], g.stride[0], g.dilation[0], g.padding[0]);
+    Axis cols = Classes(out.width, in.width, n.kernel[1], g.stride[1], g.dilation[1], g.padding[1]);
+    s.row_class = rows.class_of;
+    s.col_offset.clear();
+    for (int32_t c : cols.class_of) s.col_offset.push_back(int32_t(c * step));
+    s.row_class_step = int64_t(cols.valid.size()) * step;
+    return {std::move(rows), std::move(cols)};
   }
 
   static float Number(const Weights& w, int64_t i) {
@@ -469,14 +562,7 @@ class Planner {
           s.taps.push_back(y * g.dilation[0] * source.row() + x * g.dilation[1] * source.pixel + i);
       }
     }
-    const Shape& in = type(n.inputs[0]).shape;
-    const Shape& out = n.type.shape;
-    const Axis rows = Classes(out.height, in.height, n.kernel[0], g.stride[0], g.dilation[0], g.padding[0]);
-    const Axis cols = Classes(out.width, in.width, n.kernel[1], g.stride[1], g.dilation[1], g.padding[1]);
-    const int64_t padded = s.blocks * kLanes;
-    s.row_class = rows.class_of;
-    for (int32_t c : cols.class_of) s.col_offset.push_back(int32_t(c * padded));
-    s.row_class_step = int64_t(cols.valid.size()) * padded;
+    const auto [rows, cols] = SetClasses(s, n, s.blocks * kLanes);
     s.table = Aligned<int32_t>(rows.valid.size() * size_t(s.row_class_step));
     int32_t* base = s.table.data();
     for (const auto& row : rows.valid) {
@@ -489,11 +575,11 @@ class Planner {
           }
           base[o] = int32_t(sum);
         }
-        base += padded;
+        base += s.blocks * kLanes;
       }
     }
     s.tile_step = 4 * kLanes;
-    s.tile_pixels = int(std::min<int64_t>(std::max<int64_t>(out.width, 16), kTileBytes / (s.tile_step * 4)));
+    s.tile_pixels = int(std::min<int64_t>(std::max<int64_t>(n.type.shape.width, 16), kTileBytes / (s.tile_step * 4)));
   }
 
   // Replaces {float steps, one store of sign bits} behind an integer convolution by one compare, where every channel

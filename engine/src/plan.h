@@ -39,7 +39,7 @@ inline int64_t RepSize(Rep rep) { return rep == Rep::kS16 || rep == Rep::kF16 ? 
 
 // One stored form of one value. A value that both a popcount convolution and something else reads has two.
 struct Buffer {
-  Value value;
+  Value value;                   // -1: sums of codes, which are no value of the network
   Rep rep;
   Shape shape;
   int64_t pixel;                 // elements (words for bits) from pixel to pixel
@@ -55,7 +55,18 @@ struct Buffer {
   }  // bytes
 };
 
-enum class Producer : uint8_t { kInput, kBitConv, kGemm, kDepthwise, kPool, kShuffle, kConcat, kFlatten, kElementwise };
+enum class Producer : uint8_t {
+  kInput,
+  kBitConv,
+  kGemm,
+  kDepthwise,
+  kCodeSums,
+  kPool,
+  kShuffle,
+  kConcat,
+  kFlatten,
+  kElementwise,
+};
 
 struct PlanStep {
   Producer producer;
@@ -82,11 +93,15 @@ struct PlanStep {
   Aligned<float> float_weights;
   Aligned<int32_t> depth_weights;
 
+  // border classes: where the numbers of an output row's class begin in `table` and `border`, in steps, and from there
+  // those of its pixels' classes
+  std::vector<int32_t> row_class, col_offset;
+  int64_t row_class_step = 0;
+  Aligned<float> border;  // what an input offset adds, per class and filter
+
   // popcount convolutions: base or limits per border class and filter
   bool threshold = false;
-  std::vector<int32_t> row_class, col_offset;
   std::vector<ptrdiff_t> taps;  // of each tap word: from a pixel's first tap, in words
-  int64_t row_class_step = 0;
   Aligned<int32_t> table;
   Aligned<int32_t> limit;  // thresholds of other integer producers
   Aligned<uint16_t> flip;

@@ -91,6 +91,7 @@ class RowRunner {
     switch (s_.producer) {
       case Producer::kInput: return InputRow(image, y);
       case Producer::kBitConv: return BitRows(image, y, y + 1, x0, x1);
+      case Producer::kCodeSums: return CodeSumsRow(image, y);
       case Producer::kElementwise: {
         const Buffer& b = buffer(s_.sources[0]);
         return Finish(At(s_.sources[0], image, y, x0), b.pixel, image, y, x0, x1 - x0);
@@ -125,9 +126,15 @@ class RowRunner {
       slots = many.data();
     }
     for (size_t i = 0; i < s_.slots.size(); ++i) slots[i] = At(s_.slots[i], image, y, x);
+    const float* border = nullptr;
+    const int32_t* border_offset = nullptr;
+    if (s_.border.size()) {
+      border = s_.border.data() + s_.row_class[size_t(y)] * s_.row_class_step;
+      border_offset = s_.col_offset.data() + x;
+    }
     const int64_t all = RoundUp(s_.shape.channels, kLanes) / kLanes;
     k_.epilogue({s_.epilogue.data(), int(s_.epilogue.size()), tile, s_.tile, tile_step, int(pixels), int(first_block),
-                 int(first_block), int(blocks ? blocks : all), int(s_.shape.channels), slots});
+                 int(first_block), int(blocks ? blocks : all), int(s_.shape.channels), slots, border, border_offset});
   }
 
   void InputRow(int64_t image, int64_t y) const {
@@ -260,6 +267,32 @@ class RowRunner {
     const int64_t first = at >= 0 ? 0 : (-at + dilation - 1) / dilation;
     const int64_t last = at >= size ? 0 : std::min(taps, (size - 1 - at) / dilation + 1);
     return {first, std::max(first, last)};
+  }
+
+  // Sums over channels and the valid kernel rows first, then over the valid kernel columns.
+  void CodeSumsRow(int64_t image, int64_t y) const {
+    const Buffer& b = buffer(s_.sources[0]);
+    const Buffer& to = buffer(s_.writes[0]);
+    const Geometry& g = n_.geometry;
+    const int64_t groups = n_.groups, filters = to.shape.channels / groups;
+    int32_t* const column = reinterpret_cast<int32_t*>(scratch_);
+    std::memset(column, 0, size_t(b.shape.width * groups) * 4);
+    const int64_t top = y * g.stride[0] - g.padding[0];
+    const auto [r0, r1] = Inside(top, n_.kernel[0], g.dilation[0], b.shape.height);
+    for (int64_t r = r0; r < r1; ++r) {
+      k_.code_sums({At(s_.sources[0], image, top + r * g.dilation[0], 0), b.rep, b.pixel, int(b.shape.width),
+                    int(groups), int(b.shape.channels / groups), column});
+    }
+    float* out = reinterpret_cast<float*>(At(s_.writes[0], image, y, 0));
+    for (int64_t x = 0; x < to.shape.width; ++x, out += to.pixel) {
+      const int64_t left = x * g.stride[1] - g.padding[1];
+      const auto [c0, c1] = Inside(left, n_.kernel[1], g.dilation[1], b.shape.width);
+      for (int64_t group = 0; group < groups; ++group) {
+        int32_t sum = 0;
+        for (int64_t c = c0; c < c1; ++c) sum += column[(left + c * g.dilation[1]) * groups + group];
+        std::fill_n(out + group * filters, filters, float(sum));
+      }
+    }
   }
 
   Window InputWindow(int64_t image, int64_t y, int64_t x) const {
@@ -441,7 +474,7 @@ struct Engine::Impl {
 
   void Report(const Trace& trace, int step, const Workspace& w, int64_t batch) const {
     for (const Buffer& b : plan.buffers) {
-      if (b.first != step) continue;
+      if (b.first != step || b.value < 0) continue;
       const int64_t bytes = DenseBytes(b);
       std::vector<char> dense(size_t(bytes * batch));
       const char* from = w.values.data() + b.offset * batch;

@@ -75,8 +75,8 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Node:
-    """One op. `name` names the node and its value; `inputs` are value names; `params` maps a role (weight, factor,
-    term, slope) to a tensor name; `attrs` holds plain numbers, strings and tuples of them."""
+    """One op. `name` names the node and its value; `inputs` are value names; `params` maps a role (weight, factor, term,
+    slope, input_offset, weight_offset) to a tensor name; `attrs` holds plain numbers, strings and tuples of them."""
 
     op: str
     name: str
@@ -277,10 +277,22 @@ def _check_accumulator(c: _Context, x: ValueType, weight: Tensor) -> None:
 
 
 def _product(c: _Context, x: ValueType, weight: Tensor, shape: tuple[int, ...]) -> ValueType:
-    if x.codes is not None and weight.codes is not None:
-        _check_accumulator(c, x, weight)
-        return ValueType("int32", shape)
-    return ValueType("float32", shape)
+    offsets = [role for role in OFFSETS if role in c.node.params]
+    if x.codes is None or weight.codes is None:
+        if offsets:
+            raise c.fail(f"{offsets[0]} is for codes with code weights, the input is {x}")
+        return ValueType("float32", shape)
+    _check_accumulator(c, x, weight)
+    for role, channels in (("input_offset", 1), ("weight_offset", shape[-1])):
+        if role in offsets:
+            c.per_channel(role, channels)
+    if "weight_offset" in offsets:
+        reach = weight.data[0].size * max(-x.codes.low, x.codes.high)
+        if reach >= INT32_LIMIT:
+            raise c.fail(
+                f"the sum of the input could reach {reach}, beyond 32 bits; use fewer bits or fewer input channels"
+            )
+    return ValueType("float32" if offsets else "int32", shape)
 
 
 def _conv2d(c: _Context) -> ValueType:
@@ -413,6 +425,9 @@ ROLES: Final[Mapping[str, str]] = MappingProxyType(
 )
 """The constant of the ops that have one (an `add` of two values has none)."""
 
+OFFSETS: Final = ("input_offset", "weight_offset")
+"""The constants that conv2d and linear may have beside their weight."""
+
 OPS: Final[Mapping[str, Callable[[_Context], ValueType]]] = MappingProxyType(
     {
         "input": _input,
@@ -475,6 +490,9 @@ def _infer(graph: Graph) -> dict[str, ValueType]:
                 raise GraphError(f"{node.name} ({node.op}): its input {name!r} is no earlier node")
         if node.op in ("input", "output") and node not in (graph.input, graph.output):
             raise GraphError(f"{node.name}: a Graph has one input and one output")
+        for role in node.params:
+            if role != ROLES.get(node.op) and (node.op not in ("conv2d", "linear") or role not in OFFSETS):
+                raise GraphError(f"{node.name} ({node.op}): unknown constant {role!r}")
         value = rule(_Context(graph, node, tuple(types[name] for name in node.inputs)))
         if math.prod(value.shape) >= INT32_LIMIT:
             raise GraphError(f"{node.name} ({node.op}): {value} has 2^31 elements or more")

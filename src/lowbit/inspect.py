@@ -31,7 +31,7 @@ class Layer:
         weight_bits: bits of a weight, 32 for float; None without weights.
         activation_bits: bits of an input value; None for the input itself.
         weights: number of weights.
-        weight_bytes, constant_bytes: in the file: packed weights; factors, terms and slopes.
+        weight_bytes, constant_bytes: in the file: packed weights; factors, terms, slopes and offsets.
         float_bytes: 4 bytes for each of these numbers.
         macs: multiply-accumulates for one image.
     """
@@ -79,7 +79,7 @@ class Contents:
 
     @property
     def constant_bytes(self) -> int:
-        """Factors, terms and slopes of all layers."""
+        """Factors, terms, slopes and offsets of all layers."""
         return sum(layer.constant_bytes for layer in self.layers)
 
     @property

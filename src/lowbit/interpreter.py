@@ -17,6 +17,8 @@ from lowbit.graph import Graph, Node, Tensor, ValueType
 
 Array = NDArray[Any]
 
+_NONE: Final[Array] = np.zeros((), np.int64)
+
 
 def run(graph: Graph, x: Array, trace: bool = False, replace: Callable[[str, Array], Array] | None = None) -> Any:
     """Run `graph` on a batch `x`: (N, H, W, C) or (N, C), uint8 or float32 as its input says.
@@ -95,36 +97,67 @@ def _taps(
             yield kh, kw, padded[:, at[0], at[1]], inside[at]
 
 
+def _offset(acc: Array, input_sum: Array, weight_sum: Array, count: Array, params: Mapping[str, Tensor]) -> Array:
+    """The float32 value of a product whose codes stand for code + offset, from its exact integers: the accumulator
+    (..., O), the sum S of the input's codes and the sum W of the weights' codes under the valid taps, and their number N."""
+    out = _f32(acc.astype(np.int32))
+    weight_offset = params["weight_offset"].data if "weight_offset" in params else None
+    if weight_offset is not None:
+        out = out + _f32(input_sum) * weight_offset
+    if "input_offset" in params:
+        input_offset = params["input_offset"].data
+        border = _f32(weight_sum) * input_offset
+        if weight_offset is not None:
+            border = border + _f32(count) * (weight_offset * input_offset)
+        out = out + border
+    return out
+
+
 def _conv2d(node: Node, inputs: list[Array], params: Mapping[str, Tensor], types: list[ValueType]) -> Array:
     weight = params["weight"]
     groups = node.attrs["groups"]
     o, kernel_h, kernel_w, _ = weight.data.shape
     integer = types[0].codes is not None and weight.codes is not None
     work = np.float64 if integer else np.float32
+    with_offset = len(params) > 1
     parts = []
+    input_sums, weight_sums, count = [], [], _NONE
     for x, w in zip(np.split(inputs[0], groups, axis=3), np.split(weight.data, groups, axis=0), strict=True):
         x, w = x.astype(work), w.astype(work)
         acc: Array | None = None
+        input_sum, weight_sum, count = _NONE, _NONE, _NONE
         taps = _taps(x, (kernel_h, kernel_w), node.attrs["stride"], node.attrs["padding"], node.attrs["dilation"])
-        for kh, kw, under, _valid in taps:
+        for kh, kw, under, valid in taps:
             if acc is None:
                 acc = np.zeros((*under.shape[:3], o // groups), work)
             if integer:
                 acc += under @ w[:, kh, kw].T
+                if with_offset:
+                    input_sum = input_sum + under.astype(np.int64).sum(axis=3, keepdims=True)
+                    weight_sum = weight_sum + valid[:, :, None] * w[:, kh, kw].astype(np.int64).sum(axis=1)
+                    count = count + valid[:, :, None] * np.int64(w.shape[3])
             else:
                 # a padded position adds w * 0 = +-0, which leaves a sum that started at +0 as it is
                 for i in range(x.shape[3]):
                     acc += under[..., i : i + 1] * w[:, kh, kw, i]
         assert acc is not None
         parts.append(acc)
+        input_sums.append(np.broadcast_to(input_sum, acc.shape))
+        weight_sums.append(np.broadcast_to(weight_sum, acc.shape[1:]))
     out = np.concatenate(parts, axis=3)
+    if with_offset:
+        return _offset(out, np.concatenate(input_sums, axis=3), np.concatenate(weight_sums, axis=2), count, params)
     return out.astype(np.int32) if integer else out
 
 
 def _linear(node: Node, inputs: list[Array], params: Mapping[str, Tensor], types: list[ValueType]) -> Array:
     weight = params["weight"]
     if types[0].codes is not None and weight.codes is not None:
-        return (inputs[0].astype(np.float64) @ weight.data.astype(np.float64).T).astype(np.int32)
+        acc = inputs[0].astype(np.float64) @ weight.data.astype(np.float64).T
+        if len(params) > 1:
+            x, w = inputs[0].astype(np.int64), weight.data.astype(np.int64)
+            return _offset(acc, x.sum(axis=1, keepdims=True), w.sum(axis=1), np.array(x.shape[1]), params)
+        return acc.astype(np.int32)
     x, w = _f32(inputs[0]), _f32(weight.data)
     acc = np.zeros((len(x), len(w)), np.float32)
     for i in range(x.shape[1]):

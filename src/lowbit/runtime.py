@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbit import _engine
-from lowbit.graph import Graph, Node, Tensor
+from lowbit.graph import OFFSETS, Graph, Node, Tensor
 
 Array = NDArray[Any]
 
@@ -177,6 +177,10 @@ def _weights(t: Tensor) -> _engine.Weights:
     return _engine.Weights.codes(t.data, t.codes.kind, t.codes.bits, t.codes.table)
 
 
+def _offsets(constants: Mapping[str, Tensor]) -> list[Array | None]:
+    return [constants[role].data if role in constants else None for role in OFFSETS]
+
+
 def _build(graph: Graph) -> _engine.Builder:
     builder = _engine.Builder()
     values: dict[str, int] = {}
@@ -197,9 +201,10 @@ def _append(b: _engine.Builder, node: Node, x: list[int], constants: Mapping[str
             return b.quantize(name, x[0], a["kind"], a["bits"], a.get("reciprocal", 1.0))
         case "conv2d":
             weight = _weights(constants["weight"])
-            return b.conv2d(name, x[0], weight, a["stride"], a["dilation"], a["padding"], a["groups"])
+            geometry = (a["stride"], a["dilation"], a["padding"], a["groups"])
+            return b.conv2d(name, x[0], weight, *geometry, *_offsets(constants))
         case "linear":
-            return b.linear(name, x[0], _weights(constants["weight"]))
+            return b.linear(name, x[0], _weights(constants["weight"]), *_offsets(constants))
         case "mul":
             return b.mul(name, x[0], constants["factor"].data)
         case "add":

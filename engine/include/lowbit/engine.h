@@ -54,6 +54,13 @@ struct Weights {
   std::vector<float> numbers;
 };
 
+// What a conv2d or linear of codes adds to the integers it reads: the input's code c stands for c + input, the weight's
+// code for filter o for c + weight[o]. Empty: 0.
+struct Offsets {
+  std::vector<float> input;   // none or one number
+  std::vector<float> weight;  // none, one number, or one for each filter
+};
+
 struct Geometry {
   std::array<int, 2> stride = {1, 1};
   std::array<int, 2> dilation = {1, 1};
@@ -73,8 +80,9 @@ class Builder {
   Value InputUint8(const std::string& name, const std::vector<int64_t>& shape, const std::vector<int>& zero_point);
   Value InputFloat32(const std::string& name, const std::vector<int64_t>& shape);
   Value Quantize(const std::string& name, Value x, const Codes& codes, float reciprocal);
-  Value Conv2d(const std::string& name, Value x, Weights weights, const Geometry& geometry, int groups);
-  Value Linear(const std::string& name, Value x, Weights weights);
+  Value Conv2d(const std::string& name, Value x, Weights weights, const Geometry& geometry, int groups,
+               Offsets offsets = {});
+  Value Linear(const std::string& name, Value x, Weights weights, Offsets offsets = {});
   Value Mul(const std::string& name, Value x, std::vector<float> factor);
   Value Add(const std::string& name, Value x, std::vector<float> term);
   Value Add(const std::string& name, Value x, Value y);
@@ -101,7 +109,7 @@ class Builder {
 // One fused step of a plan.
 struct StepInfo {
   std::string name;                 // the last node it computes
-  std::string kernel;               // bit_conv, int_gemm, float_gemm, depthwise, pool, copy, ...
+  std::string kernel;               // bit_conv, int_gemm, code_sums, float_gemm, depthwise, pool, ...
   std::string isa;                  // the row whose kernel runs
   std::vector<std::string> nodes;   // every node it covers
   std::vector<std::string> values;  // the values it stores

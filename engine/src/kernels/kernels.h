@@ -97,12 +97,26 @@ struct Window {
   void* out;  // int32 or float32, blocks * 16
 };
 
+// --- the sums of codes: sum[pixel][group] += the codes of the group's channels, for `pixels` pixels of one row ---
+// kBits: a group owns whole words, unless it is the only one.
+struct CodeSums {
+  const void* src;  // channel 0 of the first pixel
+  Rep rep;          // kBits, kS16
+  ptrdiff_t pixel_step;  // elements (words for bits)
+  int pixels, groups;
+  int channels;  // of one group
+  int32_t* sum;
+};
+
 // --- epilogue: the ordered float32 steps behind a producer, and where their results go ---
 enum class Step : uint8_t {
   kMul,            // v = v * constant
   kAdd,            // v = v + constant
   kAddF32,         // v = v + stored float32
   kAddF16,         // v = v + stored float16
+  kAddSum,         // v = v + (stored float32, one a pixel) * constant
+  kAddSums,        // v = v + (stored float32) * constant
+  kAddBorder,      // v = v + border, one float32 for the pixel's border class and channel
   kPrelu,          // v = v < 0 ? v * constant : v
   kRelu,           // v = v > 0 ? v : +0
   kClip,           // v = v < low ? low : (v > high ? high : v)
@@ -139,6 +153,9 @@ struct Epilogue {
   int first_block, blocks;  // which blocks of the channels to do
   int channels;             // of the whole value: bits beyond them are written 0
   void* const* slots;       // channel 0 of the first pixel
+  // kAddBorder: `border + border_offset[pixel]` is one float32 for every channel.
+  const float* border;
+  const int32_t* border_offset;
 };
 
 struct Kernels {
@@ -149,6 +166,7 @@ struct Kernels {
   void (*float_gemm)(const Gemm&);
   void (*patches)(const Patches&);
   void (*depthwise)(const Window&);
+  void (*code_sums)(const CodeSums&);
   void (*sum_pool)(const Window&);
   void (*max_pool)(const Window&);
   void (*epilogue)(const Epilogue&);

@@ -458,26 +458,33 @@ def _after_product(f: _Freezer, node: FxNode, name: str, integer: bool, scale: A
     return _Value(name, integer=integer, factor=factor, term=term, label=_label(node))
 
 
+def _offsets(f: _Freezer, node: FxNode, given: Sequence[FxNode | None]) -> dict[str, lg.Tensor]:
+    """The constants of a product whose codes stand for code + offset; the exported graph leaves out trailing Nones."""
+    found = {role: x for role, x in zip(lg.OFFSETS, given, strict=False) if x is not None}
+    return {role: f._per_channel(_array(f.constant(x, node)), _label(node)) for role, x in found.items()}
+
+
 @_handles(torch.ops.lowbit.conv2d.default)
 def _lowbit_conv2d(f: _Freezer, node: FxNode) -> _Value:
-    x, _w, scale, bias, stride, padding, dilation, groups, _limit = node.args
+    x, _w, scale, bias, stride, padding, dilation, groups = node.args[:8]
     layer = f._layer(node)
     v = f.env[x] if f.env[x].codes else f.value(x, node)
     encoded, kind = layer.weight_quantizer.encode(layer.weight), _weight_type(layer, node)
     attrs = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups}
-    weight = _weight(encoded.codes, kind)
-    name = f._emit("conv2d", _label(node), (v.name,), {"weight": weight}, attrs)
+    params = {"weight": _weight(encoded.codes, kind), **_offsets(f, node, node.args[9:])}
+    name = f._emit("conv2d", _label(node), (v.name,), params, attrs)
     return _after_product(f, node, name, v.codes and kind is not None, scale, bias)
 
 
 @_handles(torch.ops.lowbit.linear.default)
 def _lowbit_linear(f: _Freezer, node: FxNode) -> _Value:
-    x, _w, scale, bias, _limit = node.args
+    x, _w, scale, bias = node.args[:4]
     layer = f._layer(node)
     v = f.env[x] if f.env[x].codes else f.value(x, node)
     encoded, kind = layer.weight_quantizer.encode(layer.weight), _weight_type(layer, node)
     codes = encoded.codes if v.order is None else encoded.codes[:, torch.from_numpy(v.order)]
-    name = f._emit("linear", _label(node), (v.name,), {"weight": _weight(codes, kind)})
+    params = {"weight": _weight(codes, kind), **_offsets(f, node, node.args[5:])}
+    name = f._emit("linear", _label(node), (v.name,), params)
     return _after_product(f, node, name, v.codes and kind is not None, scale, bias)
 
 
@@ -629,7 +636,9 @@ def _add(f: _Freezer, node: FxNode) -> _Value:
         return _Value(name, order=left.order)
     v = f.value(a, node)
     term = f.channel_constant(b, node, v)
-    return f.step(node, "add", v, params={"term": f._per_channel(-term if minus else term, _label(node))})
+    # a layer that shifts its input keeps its own name for its product
+    suffix = ".shift" if isinstance(f.model.get_submodule(_path(node)), QuantLayer) else ""
+    return f.step(node, "add", v, suffix, {"term": f._per_channel(-term if minus else term, _label(node))})
 
 
 @_handles(aten.mul.Tensor, aten.mul_.Tensor)

@@ -8,9 +8,9 @@ batch-norm calibration needs (batch statistics, hard weights).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +117,18 @@ class Residual(nn.Module):
         return f"dtype={self.dtype}"
 
 
+class _Hard(NamedTuple):
+    """What a hard layer computes with: ``product * scale + bias``, the product of ``codes + input_offset`` and
+    ``weight + weight_offset`` as docs/OPS.md gives it."""
+
+    codes: Tensor
+    weight: Tensor
+    scale: Tensor  # [O] or []: of both sides
+    bias: Tensor | None
+    input_offset: Tensor | None  # in units of codes, [] or None
+    weight_offset: Tensor | None  # in units of codes, [O], [] or None
+
+
 class QuantLayer(nn.Module):
     """What QuantConv2d and QuantLinear share: latent weight, quantizers, the hard flag.
 
@@ -124,6 +136,9 @@ class QuantLayer(nn.Module):
         weight: the trainable latent; `weight_quantizer.fake(weight)` is the weight in training.
         weight_quantizer, input_quantizer: see `lowbit.train.quantizers`; the input quantizer is None for float inputs.
         hard: whether forward runs on integers.
+
+    Raises:
+        ValueError: a quantizer with an offset on one side, floats on the other.
     """
 
     weight: nn.Parameter
@@ -146,6 +161,15 @@ class QuantLayer(nn.Module):
         self.weight = nn.Parameter(weight_quantizer.latent(weight))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.hard = False
+        # sums of floats would have no exact form in the engine
+        if input_quantizer is None and weight_quantizer.encode(self.weight).offset is not None:
+            raise ValueError(
+                f"{type(weight_quantizer).__name__} weights have an offset and need inputs of 1 to 8 bits, not floats"
+            )
+        if input_quantizer is not None and input_quantizer.offset is not None and weight_quantizer.code_type is None:
+            raise ValueError(
+                f"{type(input_quantizer).__name__} inputs have an offset and need weights of 1 to 8 bits, not floats"
+            )
 
     def train(self, mode: bool = True) -> QuantLayer:
         self.hard = not mode
@@ -156,17 +180,20 @@ class QuantLayer(nn.Module):
             x = self.input_quantizer(x)
         return x, self.weight_quantizer.fake(self.weight)
 
-    def _hard(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Input codes, weight codes [O, ...], their joint scale [O] or [], bias: y = conv(codes) * scale + bias."""
+    def _hard(self, x: Tensor) -> _Hard:
         if torch.compiler.is_dynamo_compiling():
             x = x.detach()  # else the compiler asks for the gradient that a hard layer does not have
         encoded = self.weight_quantizer.encode(self.weight)
         scale = encoded.scale
+        input_offset = None
         q = self.input_quantizer
         if q is not None:
             scale = scale * q.scale
+            input_offset = None if q.offset is None else q.offset / q.scale
             x = q.encode(x)
-        return x, encoded.codes, scale, None if self.bias is None else self.bias.detach()
+        weight_offset = None if encoded.offset is None else encoded.offset / encoded.scale
+        bias = None if self.bias is None else self.bias.detach()
+        return _Hard(x, encoded.codes, scale, bias, input_offset, weight_offset)
 
 
 class QuantConv2d(QuantLayer):
@@ -191,9 +218,10 @@ class QuantConv2d(QuantLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.hard:
-            codes, weight, scale, bias = self._hard(x)
+            *tensors, input_offset, weight_offset = self._hard(x)
+            geometry = (self.stride, self.padding, self.dilation, self.groups)
             y: Tensor = torch.ops.lowbit.conv2d(
-                codes, weight, scale, bias, self.stride, self.padding, self.dilation, self.groups, self._input_limit()
+                *tensors, *geometry, _limit(self.input_quantizer), input_offset, weight_offset
             )
             return y
         x, weight = self._fake(x)
@@ -201,9 +229,6 @@ class QuantConv2d(QuantLayer):
             # with one input channel the two memory formats look alike, and arithmetic falls back to the slower one
             weight = torch.empty_like(self.weight, dtype=weight.dtype).copy_(weight)
         return _conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def _input_limit(self) -> int:
-        return _limit(self.input_quantizer)
 
     def extra_repr(self) -> str:
         return (
@@ -223,8 +248,8 @@ class QuantLinear(QuantLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.hard:
-            codes, weight, scale, bias = self._hard(x)
-            y: Tensor = torch.ops.lowbit.linear(codes, weight, scale, bias, _limit(self.input_quantizer))
+            *tensors, input_offset, weight_offset = self._hard(x)
+            y: Tensor = torch.ops.lowbit.linear(*tensors, _limit(self.input_quantizer), input_offset, weight_offset)
             return y
         x, weight = self._fake(x)
         return F.linear(x, weight, self.bias)
@@ -313,6 +338,51 @@ def _integer_conv2d(
     return _conv2d(x.double(), weight.double(), None, *geometry)
 
 
+def _with_offsets(
+    acc: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    groups: int,
+    product: Callable[[Tensor, Tensor, int], Tensor],
+    input_limit: int,
+    input_offset: Tensor | None,
+    weight_offset: Tensor | None,
+) -> Tensor:
+    """The product of ``x + input_offset`` and ``weight + weight_offset`` from exact integers, in the float32 steps of
+    docs/OPS.md: f32(acc) + f32(S) * weight_offset + (f32(W) * input_offset + f32(N) * (weight_offset * input_offset)).
+
+    `product(x, weight, limit)` is the layer's own: with ones in the place of the weight it sums the input's codes (S),
+    with ones in the place of the input the weight's (W), with both it counts the valid taps (N).
+    """
+    y = acc.float()
+    filters = len(weight)
+    all_ones = torch.ones_like(weight[:groups])
+
+    def per_filter(total: Tensor) -> Tensor:
+        return total.float() if groups == 1 else total.float().repeat_interleave(filters // groups, dim=1)
+
+    if weight_offset is not None:
+        weight_offset = weight_offset.float().view(-1, *[1] * (weight.ndim - 2))
+        y = y + per_filter(product(x, all_ones, input_limit)) * weight_offset
+    if input_offset is not None:
+        input_offset = input_offset.float()
+        ones = torch.ones_like(x[:1])
+        border = product(ones, weight, 1).float() * input_offset
+        if weight_offset is not None:
+            border = border + per_filter(product(ones, all_ones, 1)) * (weight_offset * input_offset)
+        y = y + border
+    return y
+
+
+def _has_codes(weight: Tensor, input_limit: int, *offsets: Tensor | None) -> bool:
+    """Whether both sides are integers. Only those may have offsets."""
+    if input_limit and _is_exact(weight):
+        return True
+    if any(o is not None for o in offsets):
+        raise ValueError("offsets are for codes with code weights")
+    return False
+
+
 @torch.library.custom_op("lowbit::conv2d", mutates_args=())
 def _hard_conv2d(
     x: Tensor,
@@ -324,15 +394,22 @@ def _hard_conv2d(
     dilation: Sequence[int],
     groups: int,
     input_limit: int,
+    input_offset: Tensor | None = None,
+    weight_offset: Tensor | None = None,
 ) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         x, weight = x.float(), weight.float()
         geometry = (stride, padding, dilation, groups)
-        if input_limit and _is_exact(weight):
-            acc = _integer_conv2d(x, weight, *geometry, input_limit)
+        if _has_codes(weight, input_limit, input_offset, weight_offset):
+
+            def product(x: Tensor, weight: Tensor, limit: int) -> Tensor:
+                return _integer_conv2d(x, weight, *geometry, limit)
+
+            acc = product(x, weight, input_limit)
+            acc = _with_offsets(acc, x, weight, groups, product, input_limit, input_offset, weight_offset)
         else:
             acc = _conv2d(x, weight, None, *geometry)
-        y = acc.float() * scale.view(-1, 1, 1)
+        y = acc * scale.view(-1, 1, 1)
         return y if bias is None else y + bias.float().view(-1, 1, 1)
 
 
@@ -347,6 +424,8 @@ def _(
     dilation: Sequence[int],
     groups: int,
     input_limit: int,
+    input_offset: Tensor | None = None,
+    weight_offset: Tensor | None = None,
 ) -> Tensor:
     return _conv2d(x.float(), weight.float(), None, stride, padding, dilation, groups)
 
@@ -359,17 +438,40 @@ _hard_conv2d.register_autograd(_no_gradient)
 
 
 @torch.library.custom_op("lowbit::linear", mutates_args=())
-def _hard_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, input_limit: int) -> Tensor:
+def _hard_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_limit: int,
+    input_offset: Tensor | None = None,
+    weight_offset: Tensor | None = None,
+) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         x, weight = x.float(), weight.float()
-        exact = bool(input_limit) and _is_exact(weight)
-        acc = F.linear(x.double(), weight.double()).float() if exact else F.linear(x, weight)
+        if _has_codes(weight, input_limit, input_offset, weight_offset):
+
+            def product(x: Tensor, weight: Tensor, limit: int) -> Tensor:
+                return F.linear(x.double(), weight.double())
+
+            acc = product(x, weight, input_limit)
+            acc = _with_offsets(acc, x, weight, 1, product, input_limit, input_offset, weight_offset)
+        else:
+            acc = F.linear(x, weight)
         y = acc * scale
         return y if bias is None else y + bias.float()
 
 
 @_hard_linear.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, input_limit: int) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_limit: int,
+    input_offset: Tensor | None = None,
+    weight_offset: Tensor | None = None,
+) -> Tensor:
     return F.linear(x.float(), weight.float())
 
 
