@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lowbit.runtime import Engine, load
-from lowbit.train.data import DATASETS, DataError, ImageData
+from lowbit.train.data import DATASETS, DataError, DataSource, ImageData, cifar, rounds
+from lowbit.train.data.images import Part
 from lowbit.train.freeze import to_numpy
 from lowbit.train.recipe import Recipe, load_recipe
 from lowbit.train.rundir import InputSpec, read_run
 from lowbit.train.trainer import evaluate, load_data, load_run
 
 __all__ = ["evaluate_file", "evaluate_run"]
+
+BATCH = 500
 
 
 def evaluate_run(run_dir: str | os.PathLike[str], data: str | None = None, split: str = "val") -> dict[str, Any]:
@@ -37,8 +40,9 @@ def evaluate_run(run_dir: str | os.PathLike[str], data: str | None = None, split
     run_dir = Path(run_dir)
     recipe, model = load_run(run_dir)
     spec = InputSpec.from_json(read_run(run_dir)["input"])
-    x, y = _split(_of_recipe(recipe, data), split, spec.classes)
-    return {**evaluate(model, recipe, spec, x, y), "computed_by": "the training graph"}
+    t = recipe.train
+    batches = _split(_of_recipe(recipe, data), split, spec.classes, t.eval_batch_size, t.workers)
+    return {**evaluate(model, recipe, spec, batches), "computed_by": "the training graph"}
 
 
 def evaluate_file(
@@ -48,7 +52,7 @@ def evaluate_file(
 
     Args:
         path: a .lowbit file.
-        data: the name of a data set or a folder: the files of Fashion-MNIST, or one folder of images for each class
+        data: the name of a data set or a folder: the files of Fashion-MNIST or CIFAR, or one folder of images for each class
             (all of them are used where there is no ``test`` folder). None for the data of the run the file lies in.
         split: "val" or "test".
         threads: of the engine.
@@ -63,57 +67,65 @@ def evaluate_file(
     beside = Path(path).parent / "recipe.yaml"
     classes = tuple(engine.meta.get("classes", ()))
     if beside.is_file() and data not in DATASETS:
-        x, y = _split(_of_recipe(load_recipe(beside), data), split, classes)
+        recipe = load_recipe(beside)
+        batches = _split(_of_recipe(recipe, data), split, classes, workers=recipe.train.workers)
     elif data is None:
         raise DataError(f"{os.fspath(path)}: lies in no run directory; say what to evaluate on with --data")
     else:
-        x, y = _of_folder(engine, data, split, classes)
+        batches = _of_folder(engine, data, split, classes)
     count = len(classes)
     confusion = np.zeros((count, count), np.int64)
-    for start in range(0, len(x), 500):
-        images, truth = x[start : start + 500], y[start : start + 500].numpy()
+    for images, truth in batches:
         answers = engine(to_numpy(images)).reshape(len(images), -1).argmax(axis=1)
-        np.add.at(confusion, (truth, answers), 1)
+        np.add.at(confusion, (truth.numpy(), answers), 1)
+    total = int(confusion.sum())
+    if not total:
+        raise DataError(f"{data}: none of the images can be read")
     return {
-        "accuracy": int(confusion.trace()) / len(x),
-        "images": len(x),
+        "accuracy": int(confusion.trace()) / total,
+        "images": total,
         "confusion": confusion.tolist(),
         "computed_by": f"the engine, {engine.isa}, {engine.threads} thread{'s'[: engine.threads > 1]}",
     }
 
 
-def _of_recipe(recipe: Recipe, folder: str | None) -> ImageData:
+def _of_recipe(recipe: Recipe, folder: str | None) -> DataSource:
     if folder is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": folder})})
     return load_data(recipe)
 
 
-def _of_folder(engine: Engine, data: str, split: str, classes: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def _of_folder(engine: Engine, data: str, split: str, classes: tuple[str, ...]) -> Iterable[tuple[Tensor, Tensor]]:
     if data in DATASETS and data != "image_folder":
         return _split(DATASETS.get(data)(), split, classes)
     folder = Path(data)
     if any(folder.glob("*-idx3-ubyte.gz")):
         return _split(DATASETS.get("fashion_mnist")(root=folder), split, classes)
+    for layout in (cifar.CIFAR10, cifar.CIFAR100):
+        if cifar.there(layout, folder) is not None:
+            return _split(DATASETS.get(layout.name)(root=folder), split, classes)
     height, width, channels = engine.input_shape
     if height != width:
         raise DataError(f"{folder}: the network reads {height}x{width} images; folders are read as squares")
     found = DATASETS.get("image_folder")(root=folder, size=height, channels=channels)
     if (folder / "test").is_dir():
         return _split(found, split, classes)
+    assert isinstance(found, ImageData)
     _check_classes(found, classes)
-    return found.full_x, found.full_y
+    return rounds(found.full_x, found.full_y, BATCH)
 
 
-def _split(data: ImageData, split: str, classes: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def _split(
+    data: DataSource, split: str, classes: tuple[str, ...], batch_size: int = BATCH, workers: int | None = None
+) -> Iterable[tuple[Tensor, Tensor]]:
     _check_classes(data, classes)
-    x, y = (data.test_x, data.test_y) if split == "test" else (data.val_x, data.val_y)
-    if len(x) == 0:
+    part: Part = "test" if split == "test" else "val"
+    if not data.count(part):
         raise DataError(f"{data.name}: no {split} images")
-    assert x.dtype == torch.uint8
-    return x, y
+    return data.evaluation(part, batch_size, workers=workers)
 
 
-def _check_classes(data: ImageData, classes: tuple[str, ...]) -> None:
+def _check_classes(data: DataSource, classes: tuple[str, ...]) -> None:
     if not classes:
         raise DataError("the file does not name its classes; freeze(..., meta={'classes': [...]}) writes them")
     if tuple(data.classes) != classes:

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,16 @@ import lowbit
 from lowbit.files import write_atomic
 from lowbit.graph import Graph
 from lowbit.packfile import FileError, dumps
-from lowbit.train.data import ImageData
+from lowbit.train.data import DataSource
+from lowbit.train.data.images import Part
 from lowbit.train.freeze import freeze
 from lowbit.train.models import build_model
-from lowbit.train.proof import Proof, prove
+from lowbit.train.proof import DECISION_BATCH, Proof, prove
 from lowbit.train.recipe import Recipe
-from lowbit.train.rundir import InputSpec, read_run, write_json
+from lowbit.train.rundir import EXPORTING, InputSpec, RunLock, read_run, write_json
 from lowbit.train.trainer import load_data, load_run
 
-MIN_INPUTS = 500
+MIN_INPUTS, PROBE_BATCH = 500, 64
 
 
 class ExportError(ValueError):
@@ -56,7 +58,7 @@ def export_run(
     output: str | os.PathLike[str] | None = None,
     *,
     inputs: int = 512,
-    data: ImageData | None = None,
+    data: DataSource | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Export:
     """Freeze a finished run into a file, load that file into the engine and prove the two equal; then give it its name.
@@ -79,6 +81,15 @@ def export_run(
         raise ExportError(f"the proof needs at least {MIN_INPUTS} inputs, not {inputs}")
     run_dir = Path(run_dir)
     path = Path(output) if output is not None else run_dir / "model.lowbit"
+    read_run(run_dir)
+    with RunLock(run_dir) as lock:
+        lock.take()
+        return _export(run_dir, path, inputs, data, on_progress)
+
+
+def _export(
+    run_dir: Path, path: Path, inputs: int, data: DataSource | None, on_progress: Callable[[str, int, int], None] | None
+) -> Export:
     run = read_run(run_dir)
     if not path.parent.is_dir():
         raise FileError(f"{path}: there is no directory {path.parent}")
@@ -87,17 +98,18 @@ def export_run(
     recipe, model = load_run(run_dir)
     data = data or load_data(recipe)
     spec = InputSpec.from_json(run["input"])
-    graph = freeze(model, data.val_x[:1], meta=_meta(recipe, spec, run))
+    probe = _probe(data, inputs, recipe.train.workers)
+    graph = freeze(model, probe[:1], meta=_meta(recipe, spec, run))
 
-    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
+    with tempfile.TemporaryDirectory(prefix=EXPORTING, dir=run_dir) as folder:
         # the engine that is proved loads the very bytes that will be the file
         content = dumps(graph)
         trial = Path(folder) / "model.lowbit"
         trial.write_bytes(content)
         engine = lowbit.load(trial)
-        probe = _probe(data, inputs)
-        labelled = (data.test_x, data.test_y) if data.has_test else (data.val_x, data.val_y)
-        proof = prove(model, graph, engine, probe, labelled, on_progress)
+        part: Part = "test" if data.has_test else "val"
+        labelled = data.evaluation(part, DECISION_BATCH, workers=recipe.train.workers)
+        proof = prove(model, graph, engine, probe, labelled, on_progress, data.count(part))
     float_bytes = 4 * sum(p.numel() for p in _float_twin(recipe, spec).parameters())
     write_json(run_dir / "proof.json", {**proof.as_dict(), "file_bytes": len(content), "float_bytes": float_bytes})
     failures = proof.failures()
@@ -110,11 +122,15 @@ def export_run(
     return Export(path, graph, proof, len(content), float_bytes)
 
 
-def _probe(data: ImageData, count: int) -> Tensor:
+def _probe(data: DataSource, count: int, workers: int | None) -> Tensor:
     """Validation images, and training images where these are too few; all there are where both together are."""
-    if len(data.val_x) >= count:
-        return data.val_x[:count]
-    return torch.cat([data.val_x, data.train_x])[:count]
+    found: list[Tensor] = []
+    held_out = (x for x, _ in data.evaluation("val", PROBE_BATCH, workers=workers))
+    for x in chain(held_out, data.calibration(count, PROBE_BATCH, workers=workers)):
+        found.append(x)
+        if sum(map(len, found)) >= count:
+            break
+    return torch.cat(found)[:count]
 
 
 def _meta(recipe: Recipe, spec: InputSpec, run: dict[str, Any]) -> dict[str, Any]:

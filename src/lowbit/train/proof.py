@@ -10,7 +10,7 @@ Three questions, from hard to soft (docs/OPS.md says why the first has no tolera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import interpreter
-from lowbit.graph import Graph
+from lowbit.graph import Graph, Node, ValueType
 from lowbit.runtime import Engine
 from lowbit.train.freeze import to_numpy
 from lowbit.train.layers import PixelInput, QuantLayer, Residual
 
 ROOT_FLIP_BOUND = 1e-6
 DECISION_BOUND = 2e-4
+DECISION_BATCH = 500
 _BATCH = 64
 
 Array = np.ndarray[Any, Any]
@@ -100,8 +101,9 @@ def prove(
     graph: Graph,
     engine: Engine,
     inputs: Tensor,
-    test: tuple[Tensor, Tensor | None] | None = None,
+    test: tuple[Tensor, Tensor | None] | Iterable[tuple[Tensor, Tensor]] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
+    test_count: int = 0,
 ) -> Proof:
     """Compare interpreter, engine and training graph.
 
@@ -109,8 +111,9 @@ def prove(
         model: the prepared network in evaluation, which `graph` was frozen from.
         graph, engine: the Graph and an engine that loaded it from its file.
         inputs: at least 500 real inputs, as the model takes them (NCHW or (N, C)).
-        test: inputs to compare decisions on, with labels where there are any; None takes `inputs`.
+        test: inputs to compare decisions on, with labels where there are any, or batches of both; None takes `inputs`.
         on_progress: called with (stage, done, total).
+        test_count: how many inputs the batches hold, for the progress.
 
     Returns:
         The Proof; `Proof.failures` tells whether it holds.
@@ -122,28 +125,42 @@ def prove(
         _compare_engine(proof, graph, engine, to_numpy(batch))
         _compare_training(proof, model, graph, engine, batch)
         report("interpreter against engine", min(start + _BATCH, len(inputs)), len(inputs))
-    x, labels = test if test is not None else (inputs, None)
+    whole = (inputs, None) if test is None else test
+    if isinstance(whole, tuple):
+        test_count = len(whole[0])
     right_training = right_engine = 0
-    classes = int(np.prod(engine.output_shape)) if labels is not None else 0
-    confusion = np.zeros((classes, classes), np.int64)
-    for start in range(0, len(x), 500):
-        batch = x[start : start + 500]
+    confusion: Array | None = None
+    for batch, labels in _batches(whole):
         with torch.no_grad():
             ours = model(batch).float().cpu().numpy().reshape(len(batch), -1).argmax(axis=1)
         theirs = np.asarray(engine(to_numpy(batch))).reshape(len(batch), -1).argmax(axis=1)
         proof.decisions += len(batch)
         proof.decisions_changed += int((ours != theirs).sum())
         if labels is not None:
-            truth = labels[start : start + 500].cpu().numpy()
+            truth = labels.cpu().numpy()
             right_training += int((ours == truth).sum())
             right_engine += int((theirs == truth).sum())
+            if confusion is None:
+                confusion = np.zeros((int(np.prod(engine.output_shape)),) * 2, np.int64)
             np.add.at(confusion, (truth, theirs), 1)
-        report("decisions", min(start + 500, len(x)), len(x))
-    if labels is not None:
+        report("decisions", proof.decisions, test_count)
+    if confusion is not None:
         proof.accuracy_training = right_training / proof.decisions
         proof.accuracy_engine = right_engine / proof.decisions
         proof.confusion = confusion.tolist()
     return proof
+
+
+def _batches(
+    test: tuple[Tensor, Tensor | None] | Iterable[tuple[Tensor, Tensor]],
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    if not isinstance(test, tuple):
+        yield from test
+        return
+    x, labels = test
+    for start in range(0, len(x), DECISION_BATCH):
+        part = slice(start, start + DECISION_BATCH)
+        yield x[part], None if labels is None else labels[part]
 
 
 def _bits(x: Array) -> Array:
@@ -218,14 +235,44 @@ def _recorded(model: nn.Module) -> Iterator[tuple[dict[str, Array], dict[str, Ar
             handle.remove()
 
 
+def _as_flattened(nodes: dict[str, Node], types: Mapping[str, ValueType], name: str, value: Array) -> Array:
+    """The training graph's vector in the Graph's order: behind a flatten that is H, W, C where PyTorch has C, H, W."""
+    node = nodes[name]
+    while node.op in ("quantize", "mul", "add", "prelu", "relu", "clip", "cast"):
+        node = nodes[node.inputs[0]]
+    if node.op != "flatten":
+        return value
+    h, w, c = types[node.inputs[0]].shape
+    return np.ascontiguousarray(value.reshape(-1, c, h, w).transpose(0, 2, 3, 1)).reshape(value.shape)
+
+
+def _is_step(node: Node) -> bool:
+    """Whether a node is an elementwise step of one value."""
+    return node.op in ("mul", "add", "prelu", "relu", "clip") and len(node.inputs) == 1
+
+
 def _compare_training(proof: Proof, model: nn.Module, graph: Graph, engine: Engine, batch: Tensor) -> None:
     with _recorded(model) as (codes, streams), torch.no_grad():
         model(batch)
-    nodes = {n.name: n for n in graph.nodes}
-    readers: dict[str, list[str]] = {}
+    nodes, types = {n.name: n for n in graph.nodes}, graph.validate()
+    for recorded in (codes, streams):
+        for name in recorded.keys() & nodes.keys():
+            recorded[name] = _as_flattened(nodes, types, name, recorded[name])
+    readers: dict[str, list[list[Node]]] = {}  # by stream, the steps from there to a quantize: its shift, a batch norm
     for name in codes:
         if name in nodes:  # two layers may share one quantize
-            readers.setdefault(nodes[name].inputs[0], []).append(name)
+            steps = [nodes[name]]
+            while steps[0].inputs[0] not in streams and _is_step(nodes[steps[0].inputs[0]]):
+                steps.insert(0, nodes[steps[0].inputs[0]])
+            if steps[0].inputs[0] in streams:
+                readers.setdefault(steps[0].inputs[0], []).append(steps)
+    counted_at_stream = {steps[-1].name for each in readers.values() for steps in each}
+
+    def follow(steps: list[Node], value: Array) -> Array:
+        for node in steps:
+            params = {role: graph.tensors[key] for role, key in node.params.items()}
+            value = interpreter.RULES[node.op](node, [value], params, [types[name] for name in node.inputs])
+        return value
 
     def count(name: str, ours: Array) -> None:
         flips = int((ours != codes[name].reshape(ours.shape)).sum())
@@ -237,11 +284,11 @@ def _compare_training(proof: Proof, model: nn.Module, graph: Graph, engine: Engi
     def replace(name: str, value: Array) -> Array:
         if name in streams:
             # the next layers see the training graph's stream, but a code that this node's own rounding turns is its root flip
-            for reader in readers.get(name, ()):
-                count(reader, interpreter.RULES["quantize"](nodes[reader], [value], {}, []))
+            for steps in readers.get(name, ()):
+                count(steps[-1].name, follow(steps, value))
             return streams[name]
         if name in codes:
-            if nodes[name].inputs[0] not in streams:
+            if name not in counted_at_stream:
                 count(name, value)
             return codes[name].reshape(value.shape)
         return value

@@ -21,7 +21,7 @@ from torch import Tensor
 from lowbit.train.data import DATASETS, download
 from lowbit.train.data.images import DataError, ImageData
 
-__all__ = ["CIFAR10", "CIFAR100", "Layout", "cifar10", "cifar100", "find", "read_batch"]
+__all__ = ["CIFAR10", "CIFAR100", "Layout", "cifar10", "cifar100", "find", "read_batch", "there"]
 
 PIXELS = 3 * 32 * 32
 VALIDATION, SPLIT_SEED = 5_000, 20_201_204
@@ -129,7 +129,7 @@ def read_batch(data: bytes, where: str, records: int, labels: tuple[tuple[str, i
     return images, torch.from_numpy(table[:, len(labels) - 1].astype(np.int64))
 
 
-def _there(layout: Layout, place: Path) -> Path | None:
+def there(layout: Layout, place: Path) -> Path | None:
     """The folder of batches or the archive at `place`, if either is there."""
     if place.is_file():
         return place
@@ -152,7 +152,7 @@ def find(layout: Layout, root: str | Path | None = None, fetch: bool = True) -> 
     """
     if root is not None:
         place = Path(root).expanduser()
-        found = _there(layout, place)
+        found = there(layout, place)
         if found is None:
             raise DataError(
                 f"{place}: no {layout.train[0][0]} and no {layout.archive} here; data.root must hold the binary version of "
@@ -160,7 +160,7 @@ def find(layout: Layout, root: str | Path | None = None, fetch: bool = True) -> 
             )
         return found
     cache = download.cache_folder(layout.name)
-    found = _there(layout, cache)
+    found = there(layout, cache)
     if found is not None or not fetch:
         return found
     otherwise = f"Put {layout.archive} into that folder, or say with data.root where it lies"

@@ -142,7 +142,7 @@ def _load(worker: _Worker, requests: Sequence[_Request], workers: int, broken: d
     """The batches of all requests in order. Names of broken images and the reasons are added to ``broken``."""
     loader: DataLoader[Any] = DataLoader(
         worker,
-        sampler=requests,  # type: ignore[arg-type]  # one request is one batch
+        sampler=requests,  # one request is one batch
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,

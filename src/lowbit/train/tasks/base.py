@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,8 +29,9 @@ class Task(ABC):
         """Sum of the score over a batch, as a tensor: ``score / images`` is the metric. Detached."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module, x: Tensor, y: Tensor, batch_size: int) -> Mapping[str, Any]:
+    def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Mapping[str, Any]:
         """Loss, metric and what else belongs in run.json, of a network that is in evaluation already.
 
-        Runs in float32, outside autocast, on the device of the network.
+        ``batches`` gives inputs and targets (``DataSource.evaluation``) and is gone through once. Runs in float32, outside
+        autocast, on the device of the network.
         """

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowbit.train.data import rounds
 from lowbit.train.tasks import TASKS
 from lowbit.train.tasks.base import Task
 
@@ -37,22 +37,30 @@ class Classify(Task):
         return (outputs.detach().argmax(1) == targets).sum()
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 500) -> dict[str, Any]:
-        """``loss`` (mean), ``accuracy`` (0 to 1), ``images``, ``confusion``: rows are truth, columns the answer."""
+    def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        """``loss`` (mean), ``accuracy`` (0 to 1), ``images``, ``confusion``: rows are truth, columns the answer.
+
+        Raises:
+            ValueError: there are no images.
+        """
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         loss = torch.zeros((), dtype=torch.float64, device=device)
         confusion = torch.zeros(self.classes * self.classes, dtype=torch.int64, device=device)
+        count = 0
         with torch.autocast(device.type, enabled=False):
-            for images, labels in rounds(x, y, batch_size):
+            for images, labels in batches:
+                count += len(labels)
                 labels = labels.to(device)
                 logits = model(images.to(device)).float()
                 loss += F.cross_entropy(logits, labels, reduction="sum").double()
                 cell = labels * self.classes + logits.argmax(1)
                 confusion += torch.bincount(cell, minlength=self.classes**2)
+        if not count:
+            raise ValueError("there are no images to evaluate on")
         table = confusion.view(self.classes, self.classes)
         return {
-            "accuracy": int(table.diagonal().sum()) / len(y),
-            "loss": float(loss) / len(y),
-            "images": len(y),
+            "accuracy": int(table.diagonal().sum()) / count,
+            "loss": float(loss) / count,
+            "images": count,
             "confusion": table.tolist(),
         }
