@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -23,8 +24,11 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from lowbit.inspect import Contents
-    from lowbit.train.compare import Event, Step
+    from lowbit.train.cells import Step
+    from lowbit.train.compare import Event
     from lowbit.train.export import Export
+    from lowbit.train.table import Cell
+    from lowbit.train.workers import Executor
 
 app = typer.Typer(
     name="lowbit",
@@ -442,34 +446,104 @@ def compare(
 
     Cells whose result is there are not run again.
     """
-    from lowbit.train import compare as runner
+    from lowbit.train import aggregate, cells, compare
     from lowbit.train.table import load_table
+    from lowbit.train.workers import LocalExecutor
 
     if tune and (check or seeds):
         raise typer.BadParameter("--tune goes without --check-one and --seeds")
     table = load_table(file, changes or ())
-    places = runner.Places(out_dir or Path("runs") / table.name, cells_dir / table.name)
+    places = cells.Places(out_dir or Path("runs") / table.name, cells_dir / table.name)
     if tune:
         places, test = places.below("tune"), False
     wanted = table.tries(only or ()) if tune else table.cells(seeds, only or ())
-    steps = runner.plan(wanted, places, test=test, refresh=refresh)
-    executor = runner.LocalExecutor(jobs, wanted[0].recipe.train.device)
+    steps = cells.plan(wanted, places, test=test, refresh=refresh)
+    on_cpu = all(cell.recipe.train.device == "cpu" for cell in wanted)
+    executor = LocalExecutor(jobs, "cpu" if on_cpu else "auto")
     if dry_run:
-        _print_plan(steps, runner.read_results(wanted, places), executor.slots)
+        _print_plan(steps, cells.read_results(wanted, places), executor.slots)
         return
-    runner.refuse(steps)
-    runner.check_data(steps, test)
+    cells.refuse(steps)
+    cells.check_data(steps, test)
     with _cell_lines() as show:
-        failures = runner.run(table.name, steps, places, executor, test=test, refresh=refresh, on_event=show)
+        try:
+            failures = compare.run(table.name, steps, places, executor, test=test, refresh=refresh, on_event=show)
+        except KeyboardInterrupt:
+            err.print("interrupted; the same command goes on")
+            raise typer.Exit(130) from None
     for failure in failures:
         where = f" (log: {failure.log})" if failure.log else ""
         err.print(f"[red]failed:[/] {escape(f'{failure.cell.title}: {failure.error}{where}')}", soft_wrap=True)
+    if tune:
+        _print_tries(*compare.best_tries(table, wanted, places))
+    else:
+        tree = aggregate.aggregate(table, places, seeds)
+        _print_results(aggregate.table_rows(tree), tree["title"])
+        if tree["comparisons"]:
+            _print_results(aggregate.difference_rows(tree), "differences, paired by seed")
+        for path in aggregate.write(table, tree, cells_dir):
+            out.print(f"wrote [bold]{escape(str(path))}[/]", soft_wrap=True)
+    if check and not failures:
+        _check_one(table.name, wanted, cells.read_results(wanted, places), executor, check_seed, tolerance)
     if failures:
         raise typer.Exit(1)
 
 
+def _print_results(rows: Sequence[Sequence[str]], title: str) -> None:
+    table = Table(title=escape(title), title_justify="left")
+    for i, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+    for row in rows[1:]:
+        table.add_row(*map(escape, row))
+    out.print(table)
+
+
+def _print_tries(rows: Sequence[tuple[Cell, str, bool]], chosen: str) -> None:
+    table = Table(title="on the held-out images", title_justify="left")
+    for heading in ("cell", "changes", "result", ""):
+        table.add_column(heading, overflow="fold")
+    for cell, value, best in rows:
+        what = ", ".join(f"{key}: {v}" for key, v in cell.changes.items())
+        table.add_row(escape(cell.title), escape(what), value, "best" if best else "")
+    out.print(table)
+    out.print("the best of each, for the table's file:\n")
+    sys.stdout.write(chosen)
+
+
+def _check_one(
+    table: str,
+    wanted: Sequence[Cell],
+    results: Mapping[tuple[str, str], Mapping[str, Any]],
+    executor: Executor,
+    seed: int | None,
+    tolerance: float | None,
+) -> None:
+    from lowbit.train import cells, compare
+
+    seed = int(time.time()) if seed is None else seed
+    cell = compare.draw(wanted, results, seed)
+    took = _duration(results[cell.key]["seconds"])
+    err.print(
+        f"check: {escape(cell.title)} again (--check-seed {seed}); it took {took}", highlight=False, soft_wrap=True
+    )
+    factor = cells.unit(results[cell.key]["metric"])[1]
+    limit = None if tolerance is None else tolerance / factor
+    with _cell_lines() as show:
+        done = compare.check_one(table, cell, results, executor, tolerance=limit, on_event=show)
+    facts = _facts(f"check of {cell.title}")
+    facts.add_row("stored", f"{cells.show(done.stored, done.metric)} ({done.split})")
+    facts.add_row("again", cells.show(done.again, done.metric))
+    facts.add_row("equal to the last digit", "yes" if done.again == done.stored else "no")
+    facts.add_row("differs in", ", ".join(done.differs) or "nothing: same machine, versions and code")
+    facts.add_row("tolerance", cells.show(done.tolerance, done.metric))
+    facts.add_row("check", "passed" if done.passed else "FAILED")
+    out.print(facts)
+    if not done.passed:
+        raise typer.Exit(1)
+
+
 def _print_plan(steps: Sequence[Step], results: Mapping[Any, Mapping[str, Any]], jobs: int) -> None:
-    from lowbit.train.compare import Action, estimate
+    from lowbit.train.cells import Action, estimate
 
     table = Table(show_header=True)
     for heading in ("cell", "what it needs", ""):
@@ -480,7 +554,7 @@ def _print_plan(steps: Sequence[Step], results: Mapping[Any, Mapping[str, Any]],
     to_run = sum(step.action in (Action.run, Action.resume, Action.overwrite) for step in steps)
     seconds = estimate(steps, list(results.values()), jobs)
     about = f", about {_duration(seconds)} with {jobs} at once" if seconds else ""
-    out.print(f"{len(steps)} cells, {to_run} to train{about}")
+    out.print(f"{len(steps)} cells, {to_run} to train{about}", highlight=False)
 
 
 def _duration(seconds: float) -> str:

@@ -1,55 +1,28 @@
 """A run directory -> one self-contained HTML page, and the same facts in a few lines. Needs ``lowbit[train]``.
 
-The page holds everything inline: no script, no font, no picture is loaded from elsewhere. Plots are SVG in the text's
-own colour, so that they read on light and dark grounds. Parts that a run does not have yet are named with the command
-that makes them.
+Parts that a run does not have yet are named with the command that makes them.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import jinja2
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from lowbit import page
 from lowbit.files import write_atomic
 from lowbit.inspect import Contents, inspect
 from lowbit.packfile import FileError
+from lowbit.page import BLUE, ORANGE
 from lowbit.train.rundir import RunError, read_metrics, read_run
-
-BLUE: Final = "#3b7dd8"
-ORANGE: Final = "#e07b39"
-GREEN: Final = "#2f9e73"
-_INK: Final = "#010203"  # becomes the text's colour
-
-_STYLE: Any = {  # matplotlib types its keys as one huge Literal
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": _INK,
-    "grid.alpha": 0.12,
-    "grid.linewidth": 0.8,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-}
 
 Missing = tuple[str, str]
 Fact = tuple[str, str]
@@ -215,22 +188,6 @@ def _axes(y_label: str, panels: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _svg(figure: Figure, label: str) -> str:
-    """The figure as an element of the page, in the colour of the text around it."""
-    stream = io.StringIO()
-    figure.patch.set_alpha(0)
-    for axes in figure.axes:
-        axes.patch.set_alpha(0)
-    figure.savefig(stream, format="svg", metadata={"Date": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure, and nothing refers to them
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-
-
 def _plots(found: _Run) -> list[dict[str, str]]:
     rows, metric = found.rows, found.run["metric"]
     if not rows:
@@ -238,11 +195,9 @@ def _plots(found: _Run) -> list[dict[str, str]]:
     plots = []
 
     def keep(figure: Figure, title: str, note: str) -> None:
-        with matplotlib.rc_context():
-            matplotlib.rcParams["svg.hashsalt"] = title  # ids must differ between the figures of a page
-            plots.append({"title": title, "svg": _svg(figure, title), "note": note})
+        plots.append({"title": title, "svg": page.svg(figure, title), "note": note})
 
-    with matplotlib.rc_context(_STYLE):
+    with page.style():
         for key, label, title in (("loss", "cross-entropy", "Loss"), (metric, metric, metric.capitalize())):
             figure, (axes,) = _axes(f"{label} (%)" if key != "loss" else f"{label} (nats)")
             _line(axes, rows, f"train_{key}", BLUE, "training, soft weights")
@@ -294,21 +249,20 @@ def write_report(
     """
     found = _Run.read(run_dir)
     path = Path(output) if output is not None else found.place / "report.html"
-    page = _render(found)
+    text = _render(found)
     try:
-        write_atomic(path, page.encode())
+        write_atomic(path, text.encode())
     except OSError as error:
         raise FileError(f"{path}: can't be written: {error.strerror or error}") from None
     return path, found.missing
 
 
 def _render(found: _Run) -> str:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
     run = found.run
     confusion = found.confusion
     description = re.search(r"^description: *(.*(?:\n +.*)*)$", found.recipe, flags=re.MULTILINE)
-    return template.render(
+    return page.render(
+        "report.html.j2",
         run=run,
         description=" ".join(description[1].strip("'\"").split()) if description else "",
         headline=_headline(found),

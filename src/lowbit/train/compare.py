@@ -1,325 +1,39 @@
-"""Run the cells of a table: resumable, in parallel, each in a process of its own.
-
-Below the table's folder of runs (big, not committed)::
-
-    LABEL/seed0/         the run directory, as ``lowbit train`` leaves it
-    LABEL/seed0.yaml     the recipe the worker got: `lowbit train LABEL/seed0.yaml --run-dir LABEL/seed0` does the same
-    LABEL/seed0.json     which cell and which code the run belongs to
-    LABEL/seed0.log      what the worker said
-    LABEL/.seed0.lock    held while the cell is trained, so that no second process trains it
-
-and in the folder of results (small, committed) one ``LABEL-seed0.json`` for each cell, written at its end: ``format,
-table, label, run, seed, hash, recipe, needs, changes, code, versions, machine, date, seconds, resumed, metric, epochs,
-parameters, warnings, results`` (run.json's, without confusion) and ``curve`` (column of metrics.csv -> values, and their epochs).
-A cell whose file is there, with the recipe the table has now, is done.
-"""
+"""Run the cells of a table: resumable, in parallel, each in a process of its own; check one; choose among tries."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
-import queue
 import random
 import re
+import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-import torch
 import yaml
 
 import lowbit
+from lowbit.train.cells import FORMAT, Action, Places, Step, look, measured, plan, read_result, read_results, show
 from lowbit.train.evaluation import evaluate_run
-from lowbit.train.recipe import RecipeError, differing_keys, parse_recipe
 from lowbit.train.rundir import RunError, read_metrics, read_run, write_json, write_text
 from lowbit.train.statistics import summary
-from lowbit.train.table import Cell, Table, TableError, stored_recipe
-from lowbit.train.trainer import load_data
+from lowbit.train.table import Cell, Table, stored_recipe
+from lowbit.train.workers import Executor, Job, lock
 
-__all__ = [
-    "Action",
-    "Check",
-    "Event",
-    "Executor",
-    "Failure",
-    "Job",
-    "LocalExecutor",
-    "Places",
-    "Step",
-    "best_tries",
-    "check_one",
-    "code_version",
-    "default_jobs",
-    "estimate",
-    "plan",
-    "read_results",
-    "refuse",
-    "run",
-]
+__all__ = ["Check", "Event", "Failure", "best_tries", "check_one", "code_version", "draw", "run"]
 
-FORMAT: Final = 1
 CURVE_POINTS: Final = 100
 POLL_SECONDS: Final = 0.5
-_IGNORED: Final = frozenset({"name", "description", "data.root", "train.device"})
-
-
-@dataclass(frozen=True)
-class Places:
-    """Folders of a table: ``runs`` (run directories) and ``results`` (one small file for each cell)."""
-
-    runs: Path
-    results: Path
-
-    def run_dir(self, cell: Cell) -> Path:
-        """Where a cell is trained."""
-        return self.runs / cell.place
-
-    def beside(self, cell: Cell, suffix: str) -> Path:
-        """A file beside the run directory."""
-        return self.runs / cell.place.parent / f"{cell.run}{suffix}"
-
-    def result(self, cell: Cell) -> Path:
-        """The file with a cell's result."""
-        return self.results / cell.file
-
-    def below(self, name: str) -> Places:
-        """The same, one folder deeper."""
-        return Places(self.runs / name, self.results / name)
-
-
-# ------------------------------------------------------------------------------------------------ what is there
-
-
-def read_result(path: Path) -> dict[str, Any] | None:
-    """A result file; None where there is none.
-
-    Raises:
-        RunError: it is damaged.
-    """
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: can't be read ({error}); delete it, then its cell is run again") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT or not {"hash", "recipe", "needs"} <= tree.keys():
-        raise RunError(f"{path}: is no result of format {FORMAT}; delete it, then its cell is run again")
-    return tree
-
-
-def _differences(cell: Cell, head: Mapping[str, Any], places: Places) -> list[str]:
-    """Keys in which the recipe a result or run was made with differs from the table's; [] where it is current.
-
-    Fields that came to recipes since then have their defaults, so a new field makes no result old.
-    """
-    if head["hash"] == cell.hash:
-        return []
-    try:
-        then = parse_recipe(head["recipe"], "recipe")
-    except RecipeError as error:
-        return [str(error).removeprefix("recipe: ")]
-    keys = [key for key in differing_keys(then, cell.recipe) if key not in _IGNORED]
-    for key, need in cell.needs.items():
-        if head["needs"].get(key, {}).get("hash") not in _hashes(need, places):
-            keys.append(f"{key} (another run of {need.label})")
-    return keys
-
-
-def _hashes(cell: Cell, places: Places) -> set[str]:
-    """A cell's hash, and those it had when its current result and run were made."""
-    found = {cell.hash}
-    for path in (places.result(cell), places.beside(cell, ".json")):
-        head = read_result(path)
-        if head is not None and not _differences(cell, head, places):
-            found.add(head["hash"])
-    return found
-
-
-def _differs_in(keys: Sequence[str]) -> str:
-    return f"differs in {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-
-
-class Action(StrEnum):
-    """What a cell needs."""
-
-    done = "done"
-    collect = "collect"
-    """It is trained; its result has to be written (the test images are evaluated where that is missing)."""
-    resume = "resume"
-    run = "run"
-    overwrite = "overwrite"
-    """Run it in place of a run of another recipe."""
-    refused = "refused"
-    """Something is there that only ``refresh`` may replace."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A cell of a plan.
-
-    Attributes:
-        cell: which.
-        action: what it needs.
-        why: for a refusal, what is there; for a resume, how far it came.
-        for_run: its result is there, its run directory is needed too: another cell starts from it.
-    """
-
-    cell: Cell
-    action: Action
-    why: str = ""
-    for_run: bool = False
-
-
-def _look(cell: Cell, places: Places, *, test: bool, refresh: bool, for_run: bool = False) -> Step:
-    """What a cell needs now."""
-
-    def step(action: Action, why: str = "") -> Step:
-        return Step(cell, action, why, for_run)
-
-    blocked = ""
-    if not for_run:
-        result = read_result(places.result(cell))
-        if result is not None:
-            keys = _differences(cell, result, places)
-            if keys:
-                blocked = f"{places.result(cell)} was made with another recipe ({_differs_in(keys)})"
-            elif not test or result["results"]["test"] is not None:
-                return step(Action.done)
-            else:
-                blocked = f"{places.result(cell)} has no test result, and its run directory is not there"
-    standing, why = _look_at_run(cell, places)
-    if standing == Action.collect:
-        if blocked and not refresh and "no test result" not in blocked:
-            return step(Action.refused, blocked)
-        return step(Action.done if for_run else Action.collect)
-    blocked = blocked or (why if standing == Action.overwrite else "")
-    if blocked and not refresh:
-        return step(Action.refused, blocked)
-    return step(standing, why)
-
-
-def _look_at_run(cell: Cell, places: Places) -> tuple[Action, str]:
-    """What the run directory allows: collect, resume, run (nothing is there) or overwrite."""
-    run_dir = places.run_dir(cell)
-    if not (run_dir / "run.json").is_file():
-        return Action.run, ""
-    head = read_result(places.beside(cell, ".json"))
-    if head is None:
-        return (
-            Action.overwrite,
-            f"{run_dir} is a run of something else ({places.beside(cell, '.json').name} is not there)",
-        )
-    keys = _differences(cell, head, places)
-    if keys:
-        return Action.overwrite, f"{run_dir} was started from another recipe ({_differs_in(keys)})"
-    run = read_run(run_dir)
-    if run["status"] == "finished":
-        return Action.collect, ""
-    if not (run_dir / "checkpoints" / "last.ckpt").is_file():
-        return Action.overwrite if run["epochs_done"] else Action.resume, "no epoch had ended"
-    return Action.resume, f"{run['epochs_done']} of {run['epochs']} epochs are done"
-
-
-def plan(cells: Iterable[Cell], places: Places, *, test: bool = True, refresh: bool = False) -> list[Step]:
-    """What each cell needs, the cells they start from included, in an order that can be run.
-
-    Raises:
-        RunError: a damaged file.
-    """
-    steps: dict[tuple[str, str], Step] = {}
-
-    def add(cell: Cell, for_run: bool) -> None:
-        before = steps.get(cell.key)
-        step = before or _look(cell, places, test=test, refresh=refresh)
-        if for_run and step.action == Action.done and not step.for_run:
-            step = _look(cell, places, test=test, refresh=refresh, for_run=True)
-        if step.action not in (Action.done, Action.collect, Action.refused):
-            for need in cell.needs.values():
-                add(need, True)
-            steps.pop(cell.key, None)  # behind what it needs
-        steps[cell.key] = step
-
-    for cell in cells:
-        if cell.key not in steps:
-            add(cell, False)
-    return list(steps.values())
-
-
-def refuse(steps: Iterable[Step]) -> None:
-    """Raise for the first cell that can't be run without ``refresh``.
-
-    Raises:
-        RunError: what is there, and the way out.
-    """
-    refused = [step for step in steps if step.action == Action.refused]
-    if refused:
-        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        raise RunError(f"{refused[0].cell.title}: {refused[0].why}{more}; --refresh runs it again")
-
-
-def check_data(steps: Iterable[Step], test: bool) -> None:
-    """Look for the data of the cells that will run, before any of them does.
-
-    Raises:
-        DataError: it is missing. TableError: nothing would be measured.
-    """
-    seen: set[str] = set()
-    for step in steps:
-        if step.action in (Action.done, Action.collect, Action.refused):
-            continue
-        recipe = step.cell.recipe
-        if recipe.train.final and not test:
-            raise TableError(
-                f"{step.cell.title}: train.final holds no images out, and without a test nothing is measured; "
-                "leave out --no-test or set train.final=false"
-            )
-        key = recipe.data.model_dump_json()
-        if key not in seen:
-            seen.add(key)
-            if not load_data(recipe).has_test and test:
-                raise TableError(f"{step.cell.title}: {recipe.data.name} has no test images here; use --no-test")
-
-
-def read_results(cells: Iterable[Cell], places: Places) -> dict[tuple[str, str], dict[str, Any]]:
-    """Results of the cells that have one made with the table's recipe."""
-    found = {}
-    for cell in cells:
-        result = read_result(places.result(cell))
-        if result is not None and not _differences(cell, result, places):
-            found[cell.key] = result
-    return found
-
-
-def estimate(steps: Iterable[Step], results: Iterable[Mapping[str, Any]], jobs: int) -> float | None:
-    """Seconds that a plan takes with ``jobs`` at once: results' seconds for an epoch, of the same label where there is
-    one; None where nothing is known."""
-    by_label: dict[str, list[float]] = {}
-    for result in results:
-        by_label.setdefault(result["label"], []).append(result["seconds"] / result["epochs"])
-    every = [s for seconds in by_label.values() for s in seconds]
-    if not every:
-        return None
-    total = 0.0
-    for step in steps:
-        if step.action in (Action.run, Action.overwrite, Action.resume):
-            known = by_label.get(step.cell.label, every)
-            total += step.cell.recipe.train.epochs * summary(known).mean
-    return total / jobs
-
-
-# ------------------------------------------------------------------------------------------------ code and machine
 
 
 def code_version() -> dict[str, Any]:
@@ -339,136 +53,6 @@ def code_version() -> dict[str, Any]:
         version["commit"] = git("rev-parse", "HEAD")
         version["dirty"] = bool(git("status", "--porcelain", "--", "."))
     return version
-
-
-# ------------------------------------------------------------------------------------------------ workers
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training, as a command that can be run wherever these paths are.
-
-    Attributes:
-        recipe: the recipe's file.
-        run_dir: where the run goes.
-        log: what it says is appended here.
-        action: run, resume or overwrite.
-        test: evaluate the test images at the end.
-        lock: a file descriptor that a local worker keeps open: the lock lasts as long as the worker does, also where
-            its parent was killed.
-    """
-
-    recipe: Path
-    run_dir: Path
-    log: Path
-    action: Action
-    test: bool
-    lock: int
-
-    def command(self) -> list[str]:
-        """Python's arguments."""
-        what = self.run_dir if self.action == Action.resume else self.recipe
-        options = {Action.resume: ["--resume"], Action.overwrite: ["--overwrite"]}.get(self.action, [])
-        test = ["--test" if self.test else "--no-test"]
-        return ["-m", "lowbit", "train", str(what), "--run-dir", str(self.run_dir), *options, *test]
-
-
-class Executor(Protocol):
-    """Where cells are trained."""
-
-    @property
-    def slots(self) -> int:
-        """How many at once."""
-
-    def submit(self, job: Job) -> Future[int]:
-        """Start a job; its exit status, negative where a signal killed it. At most ``slots`` are under way."""
-
-    def stop(self) -> None:
-        """Interrupt what is under way, so that it can be resumed, and wait for its end."""
-
-
-def default_jobs(device: str = "auto") -> int:
-    """One for each GPU; without one (or with ``device`` "cpu"), one for each core this process may use."""
-    return len(_gpus()) if device != "cpu" and _gpus() else len(os.sched_getaffinity(0))
-
-
-def _gpus() -> list[str]:
-    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [name for name in visible.split(",") if name] if visible is not None else None
-    count = torch.cuda.device_count()
-    return [str(i) for i in range(count)] if names is None else names[:count]
-
-
-class LocalExecutor:
-    """Processes of this machine: on the CPU with one thread each (so that a result does not depend on how many run at
-    once; OMP_NUM_THREADS says otherwise), on GPUs in turn.
-
-    Args:
-        jobs: how many at once; by default ``default_jobs``.
-        device: the recipes' ``train.device``: "cpu" leaves GPUs alone.
-    """
-
-    def __init__(self, jobs: int | None = None, device: str = "auto") -> None:
-        self._slots = jobs or default_jobs(device)
-        gpus = _gpus() if device != "cpu" else []
-        self._free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
-        for i in range(self._slots):
-            self._free.put({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
-        self._threads = {} if gpus else {"OMP_NUM_THREADS": "1"}
-        self._pool = ThreadPoolExecutor(self._slots)
-        self._guard = threading.Lock()
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._stopped = False
-
-    @property
-    def slots(self) -> int:
-        """How many at once."""
-        return self._slots
-
-    def submit(self, job: Job) -> Future[int]:
-        """Start a process."""
-        return self._pool.submit(self._run, job)
-
-    def _run(self, job: Job) -> int:
-        slot = self._free.get()
-        environment = {**self._threads, **os.environ, **slot, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"}
-        try:
-            with job.log.open("ab") as log:
-                with self._guard:
-                    if self._stopped:
-                        return 130
-                    process = subprocess.Popen(
-                        [sys.executable, *job.command()],
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        env=environment,
-                        pass_fds=[job.lock],
-                        start_new_session=True,  # Ctrl-C is ours to hand on
-                    )
-                    self._running.add(process)
-                try:
-                    return process.wait()
-                finally:
-                    with self._guard:
-                        self._running.discard(process)
-        finally:
-            self._free.put(slot)
-
-    def stop(self, patience: float = 20.0) -> None:
-        """Interrupt every process, and kill those that have not ended after ``patience`` seconds."""
-        with self._guard:
-            self._stopped = True
-            for process in self._running:
-                process.send_signal(signal.SIGINT)
-        end = time.monotonic() + patience
-        while self._running and time.monotonic() < end:
-            time.sleep(0.1)
-        with self._guard:
-            for process in self._running:
-                process.kill()
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -502,21 +86,6 @@ class _Running:
     log_start: int
     tries: int
     epochs_done: int = -1
-
-
-def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock, None where another process does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 @contextmanager
@@ -602,7 +171,7 @@ class _Runner:
                 return True
             if need.key in pending or need.key in under_way:
                 return False
-        descriptor = _lock(self.places.beside(cell, ".lock").with_name(f".{cell.run}.lock"))
+        descriptor = lock(self.places.beside(cell, ".lock").with_name(f".{cell.run}.lock"))
         if descriptor is None:
             if cell.key not in self.told:
                 self.told.add(cell.key)
@@ -610,15 +179,7 @@ class _Runner:
             return False
         started = False
         try:
-            # another process may have come further since the plan was made
-            look = _look(cell, self.places, test=self.test, refresh=self.refresh, for_run=step.for_run)
-            if look.action == Action.refused:
-                self._fail(cell, look.why)
-            elif look.action == Action.collect:
-                self._collect(cell)
-            elif look.action != Action.done:
-                self._start(look, descriptor)
-                started = True
+            started = self._go(self._look(step), descriptor)  # another process may have come further since the plan
         except (RunError, ValueError, OSError) as error:
             self._fail(cell, str(error))
         finally:
@@ -626,18 +187,30 @@ class _Runner:
                 os.close(descriptor)
         return True
 
-    def _start(self, step: Step, descriptor: int, tries: int = 1) -> None:
+    def _look(self, step: Step) -> Step:
+        return look(step.cell, self.places, test=self.test, refresh=self.refresh, for_run=step.for_run)
+
+    def _go(self, step: Step, descriptor: int, tries: int = 1) -> bool:
+        """Do what a cell needs; whether a worker was started for it, which keeps the lock."""
+        if step.action == Action.refused:
+            raise RunError(step.why)
+        if step.action == Action.collect:
+            self._collect(step.cell)
+        elif step.action != Action.done:
+            self._start(step, descriptor, tries)
+            return True
+        return False
+
+    def _start(self, step: Step, descriptor: int, tries: int) -> None:
         cell, places, run_dir = step.cell, self.places, self.places.run_dir(step.cell)
-        action = step.action
-        if action == Action.run and run_dir.is_dir():
+        if step.action != Action.resume:
             _clear(run_dir)
-        if action != Action.resume:
             recipe = cell.resolve({key: places.run_dir(need) for key, need in cell.needs.items()})
             write_text(places.beside(cell, ".yaml"), recipe.to_yaml())
             write_json(places.beside(cell, ".json"), self._head(cell))
         log = places.beside(cell, ".log")
         start = log.stat().st_size if log.is_file() else 0
-        job = Job(places.beside(cell, ".yaml"), run_dir, log, action, self.test, descriptor)
+        job = Job(places.beside(cell, ".yaml"), run_dir, log, step.action == Action.resume, self.test, descriptor)
         self.running[self.executor.submit(job)] = _Running(step, descriptor, start, tries)
         self.on_event(Event("start", cell, step.why, total=cell.recipe.train.epochs))
 
@@ -668,11 +241,7 @@ class _Runner:
             elif code < 0 and each.tries == 1:
                 name = signal.Signals(-code).name
                 self.on_event(Event("retry", cell, f"its worker was killed ({name}); it goes on once more"))
-                look = _look(cell, self.places, test=self.test, refresh=self.refresh, for_run=step.for_run)
-                if look.action == Action.overwrite and not self.refresh:  # its own beginning
-                    look = Step(cell, Action.overwrite, look.why, step.for_run)
-                self._start(look, each.lock, tries=2)
-                retried = True
+                retried = self._go(self._look(step), each.lock, tries=2)
             else:
                 log = self.places.beside(cell, ".log")
                 killed = f"its worker was killed twice ({signal.Signals(-code).name})" if code < 0 else ""
@@ -707,7 +276,7 @@ class _Runner:
             results["test"] = evaluate_run(run_dir, split="test")
         for part in ("validation", "test"):
             if results[part] is not None:
-                results[part] = {k: v for k, v in results[part].items() if k != "confusion"}
+                results[part] = {k: v for k, v in results[part].items() if k not in ("confusion", "computed_by")}
         tree = {
             **head,
             "versions": found["versions"],
@@ -731,13 +300,16 @@ class _Runner:
 
 
 def _clear(run_dir: Path) -> None:
-    """Remove what a worker left that was killed before it wrote run.json; nothing else is removed."""
-    for path in sorted(run_dir.rglob("*"), reverse=True):
-        known = path.is_dir() or path.name == "recipe.yaml" or path.name.startswith(".")
-        if not known:
-            raise RunError(f"{run_dir}: is not empty and not a run directory; it is not overwritten")
-    for path in sorted(run_dir.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
+    """Remove a run that is replaced, or what a worker left that was killed before it wrote run.json."""
+    if not run_dir.exists():
+        return
+    known = {"checkpoints", "tensorboard", "recipe.yaml", "metrics.csv"}
+    if not (run_dir / "run.json").is_file():
+        for path in run_dir.iterdir():
+            if path.name not in known and not path.name.startswith("."):
+                raise RunError(f"{run_dir}: is not empty and not a run directory; it is not overwritten")
+    (run_dir / "run.json").unlink(missing_ok=True)  # first: half of a run is none
+    shutil.rmtree(run_dir)
 
 
 def _last_words(log: Path, start: int) -> str:
@@ -765,30 +337,7 @@ def _curve(rows: Sequence[Mapping[str, float | None]], metric: str) -> dict[str,
     return curve
 
 
-# ------------------------------------------------------------------------------------------------ results
-
-
-def measured(result: Mapping[str, Any]) -> tuple[str, float]:
-    """What a result is compared by: ("test", value), without a test ("validation", value)."""
-    for split in ("test", "validation"):
-        found = result["results"][split]
-        if found is not None:
-            return split, float(found[result["metric"]])
-    raise RunError(f"{result['label']} {result['run']}: has neither a test nor a validation result")
-
-
-def unit(metric: str) -> tuple[str, float, int]:
-    """Name of a metric's unit, the factor to it, and the digits worth showing: accuracy lies between 0 and 1, and is
-    shown in percent, as papers do."""
-    return (
-        ("dB", 1.0, 3) if metric.startswith("psnr") else ("", 1.0, 4) if metric.startswith("ssim") else ("%", 100.0, 2)
-    )
-
-
-def show(value: float, metric: str) -> str:
-    """A value in its unit."""
-    name, factor, digits = unit(metric)
-    return f"{factor * value:.{digits}f}{' ' if name else ''}{name}"
+# ------------------------------------------------------------------------------------------------ a check, and a choice
 
 
 @dataclass(frozen=True)
@@ -899,7 +448,7 @@ def _spread(results: Mapping[Any, Mapping[str, Any]], metric: str, split: str) -
     return 3 * math.sqrt(2 * sum((s.n - 1) * (s.sd or 0.0) ** 2 for s in found) / freedom)
 
 
-def best_tries(table: Table, cells: Sequence[Cell], places: Places) -> tuple[list[tuple[Cell, float, bool]], str]:
+def best_tries(table: Table, cells: Sequence[Cell], places: Places) -> tuple[list[tuple[Cell, str, bool]], str]:
     """Every try with its result on the held-out images and whether it is its cell's best (the first of equals), and the
     YAML for the table's ``cells`` that takes the best."""
     results = read_results(cells, places)
@@ -909,7 +458,7 @@ def best_tries(table: Table, cells: Sequence[Cell], places: Places) -> tuple[lis
         own = [cell for cell in cells if cell.label == label and cell.key in values]
         best = max(own, key=lambda cell: values[cell.key], default=None)
         for cell in own:
-            rows.append((cell, values[cell.key], cell is best))
+            rows.append((cell, show(values[cell.key], results[cell.key]["metric"]), cell is best))
         if best is not None:
             chosen[label] = {"set": dict(best.changes)}
     return rows, yaml.safe_dump({"cells": chosen}, sort_keys=False, default_flow_style=None, width=120)
