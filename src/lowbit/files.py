@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+__all__ = ["remove_leftovers", "write_atomic"]
+
+SUFFIX = ".tmp"
+"""End of the temporary files' names: ``.NAME.RANDOM.tmp``."""
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` under a temporary name beside `path`, then rename.
+
+    The data is on the disk before it takes the name, and the name is on the disk at the end: neither a kill nor a power cut
+    leaves half a file. What a killed writer of the same file left behind is removed.
 
     Raises:
         OSError: the directory is missing or read-only, or the disk is full; `filename` is `path`, and nothing is left behind.
     """
     target = Path(path)
     try:
+        remove_leftovers(target.parent, target.name)
         _write(target, data)
     except OSError as error:
         error.filename, error.filename2 = str(target), None  # not the temporary name
@@ -22,16 +34,55 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def _write(target: Path, data: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    descriptor, temporary = _temporary(target)
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(target)
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(target)  # before the lock goes
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+    _sync_directory(target.parent)
+
+
+def _temporary(target: Path) -> tuple[int, Path]:
+    """A new file that is locked while its writer lives."""
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=SUFFIX)
+        with suppress(OSError):  # a file system without locks: leftovers stay there
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, Path(name)
+        os.close(descriptor)  # somebody tidied up between the two calls
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some file systems can't
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) -> None:
+    """Remove temporary files of writers that were killed; those of living ones are locked and stay.
+
+    Args:
+        folder: where to look.
+        name: the file that was to be written; None for all.
+    """
+    pattern = f".{'*' if name is None else glob.escape(name)}.*{SUFFIX}"
+    for path in Path(folder).glob(pattern):
+        with suppress(OSError):  # locked, gone, or not ours to remove
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(descriptor)
