@@ -17,8 +17,15 @@ __all__ = ["MODELS", "build_model", "model_arguments", "model_factory"]
 MODELS: Registry[Callable[..., nn.Module]] = Registry(
     "model",
     {
+        "alexnet": "lowbit.train.models.alexnet",
         "bireal_resnet14": "lowbit.train.models.bireal",
+        "bireal_resnet18": "lowbit.train.models.bireal",
+        "bireal_resnet34": "lowbit.train.models.bireal",
+        "reactnet18": "lowbit.train.models.reactnet",
+        "reactnet_a": "lowbit.train.models.reactnet",
+        "resnet18": "lowbit.train.models.resnet",
         "resnet20": "lowbit.train.models.resnet_cifar",
+        "resnet34": "lowbit.train.models.resnet",
         "vgg_small": "lowbit.train.models.vgg_small",
     },
 )

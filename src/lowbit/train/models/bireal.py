@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from lowbit.train.layers import Residual
 from lowbit.train.models import MODELS
 from lowbit.train.models.blocks import Nonlinearity, Order, ResidualBlock
+from lowbit.train.models.resnet import ResNet
 
-__all__ = ["BiRealResNet14", "bireal_resnet14"]
+__all__ = ["BiRealResNet14", "bireal_resnet14", "bireal_resnet18", "bireal_resnet34"]
 
 
 class BiRealResNet14(nn.Module):
@@ -66,7 +67,55 @@ def bireal_resnet14(
         in_channels: channels of the images.
         width: channels of the first stage; the next two have 2 and 4 times as many.
         blocks: blocks in a stage; 4 gives the 14 layers.
-        nonlinearity: behind each convolution, before the sum: "none", "relu" or "prelu".
-        order: "conv-bn-act" or "conv-act-bn".
+        nonlinearity: behind each convolution, before the sum: "none", "relu", "prelu" or "rprelu".
+        order: "conv-bn-act", "conv-act-bn", or "conv-bn-add-act" (the nonlinearity behind the sum, as in ReActNet).
     """
     return BiRealResNet14(classes, in_channels, width, blocks, nonlinearity, order)
+
+
+@MODELS.register("bireal_resnet18")
+def bireal_resnet18(
+    classes: int = 1000,
+    in_channels: int = 3,
+    width: int = 64,
+    nonlinearity: Nonlinearity = "none",
+    order: Order = "conv-bn-act",
+) -> nn.Module:
+    """Bi-Real ResNet-18 for ImageNet: 16 blocks of one 3x3 convolution with a skip around it.
+
+    As published: no nonlinearity but the sign; stem convolution, BN, max pooling; shortcuts that halve the size by 2x2
+    average pooling, 1x1 convolution, BN (1808.00278, figure 3). 11.69 million parameters, 1.68 G binary and 0.14 G float multiply-adds.
+    LNS adds PReLU (``nonlinearity="prelu"``), SLB has blocks conv-PReLU-BN (``order="conv-act-bn"`` as well).
+
+    Args:
+        classes: number of outputs.
+        in_channels: 1 or 3.
+        width: channels of the first stage; 64 as published.
+        nonlinearity: behind each convolution: "none", "relu", "prelu" or "rprelu".
+        order: "conv-bn-act", "conv-act-bn", or "conv-bn-add-act" (the nonlinearity behind the sum, as in ReActNet).
+    """
+    return ResNet(classes, in_channels, (2, 2, 2, 2), "bireal", nonlinearity, order, "pool", width)
+
+
+@MODELS.register("bireal_resnet34")
+def bireal_resnet34(
+    classes: int = 1000,
+    in_channels: int = 3,
+    width: int = 64,
+    nonlinearity: Nonlinearity = "none",
+    order: Order = "conv-bn-act",
+) -> nn.Module:
+    """Bi-Real ResNet-34 for ImageNet: 32 blocks of one 3x3 convolution with a skip around it.
+
+    As published: no nonlinearity but the sign; stem convolution, BN, max pooling; shortcuts that halve the size by 2x2
+    average pooling, 1x1 convolution, BN (1808.00278, figure 3). 21.80 million parameters, 3.53 G binary and 0.14 G float multiply-adds.
+    LNS adds PReLU (``nonlinearity="prelu"``), SLB has blocks conv-PReLU-BN (``order="conv-act-bn"`` as well).
+
+    Args:
+        classes: number of outputs.
+        in_channels: 1 or 3.
+        width: channels of the first stage; 64 as published.
+        nonlinearity: behind each convolution: "none", "relu", "prelu" or "rprelu".
+        order: "conv-bn-act", "conv-act-bn", or "conv-bn-add-act" (the nonlinearity behind the sum, as in ReActNet).
+    """
+    return ResNet(classes, in_channels, (3, 4, 6, 3), "bireal", nonlinearity, order, "pool", width)

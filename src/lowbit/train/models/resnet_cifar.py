@@ -31,16 +31,17 @@ class ResNetCifar(nn.Module):
         nonlinearity: Nonlinearity = "prelu",
         order: Order = "conv-act-bn",
         blocks: int = 3,
+        width: int = 16,
     ) -> None:
         super().__init__()
         if structure not in ("plain", "bireal"):
             raise ValueError(f"structure {structure!r}: 'plain' or 'bireal'")
-        self.stem = ConvUnit(in_channels, 16, nonlinearity=nonlinearity, order=order)
+        self.stem = ConvUnit(in_channels, width, nonlinearity=nonlinearity, order=order)
         self.stream = Residual()
         layers = []
-        channels = 16
+        channels = width
         units, per_stage = (2, blocks) if structure == "plain" else (1, 2 * blocks)
-        for stage, out in enumerate((16, 32, 64)):
+        for stage, out in enumerate((width, 2 * width, 4 * width)):
             for i in range(per_stage):
                 stride = 2 if stage > 0 and i == 0 else 1
                 layers.append(ResidualBlock(channels, out, stride, units, nonlinearity, order))
@@ -62,6 +63,7 @@ def resnet20(
     structure: Structure = "plain",
     nonlinearity: Nonlinearity = "prelu",
     order: Order = "conv-act-bn",
+    width: int = 16,
 ) -> nn.Module:
     """ResNet-20: 3 stages of 3 blocks.
 
@@ -72,7 +74,8 @@ def resnet20(
         classes: number of outputs.
         in_channels: 1 or 3.
         structure: "plain" (a skip around two convolutions) or "bireal" (around each).
-        nonlinearity: "none", "relu" or "prelu".
-        order: "conv-bn-act" or "conv-act-bn".
+        nonlinearity: "none", "relu", "prelu" or "rprelu".
+        order: "conv-bn-act", "conv-act-bn", or "conv-bn-add-act" (the nonlinearity behind the sum, as in ReActNet).
+        width: channels of the first stage; 16 as published.
     """
-    return ResNetCifar(classes, in_channels, structure, nonlinearity, order)
+    return ResNetCifar(classes, in_channels, structure, nonlinearity, order, width=width)

@@ -35,7 +35,7 @@ class VGGSmall(nn.Module):
         for stage in range(3):
             out = width << stage
             layers.append(ConvUnit(channels, out, nonlinearity=nonlinearity, order=order))
-            layers.append(ConvUnit(out, out, nonlinearity=nonlinearity, order=order, pool=True))
+            layers.append(ConvUnit(out, out, nonlinearity=nonlinearity, order=order, pool=nn.MaxPool2d(2)))
             channels = out
         self.features = nn.Sequential(*layers)
         self.flatten = nn.Flatten()
@@ -61,7 +61,7 @@ def vgg_small(
         in_channels: 1 or 3.
         image_size: 32 (CIFAR) or 28 (Fashion-MNIST).
         width: channels of the first stage; 128 as published.
-        nonlinearity: "none" (the sign is nonlinear enough), "relu" (for a float network) or "prelu".
+        nonlinearity: "none" (the sign is nonlinear enough), "relu" (for a float network), "prelu" or "rprelu".
         order: "conv-bn-act" or "conv-act-bn".
     """
     return VGGSmall(classes, in_channels, image_size, width, nonlinearity, order)
