@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.errors import PydanticUserError
 from torch import nn
 
@@ -133,7 +133,9 @@ class TrainConfig(Strict):
 
     Attributes:
         epochs: passes over the training images.
-        batch_size: images in a step.
+        batch_size: images in a forward pass of one process. A step of the optimiser sees ``batch_size`` times ``accumulate``
+            times the number of processes; ``lr`` is for that many and is not scaled by itself.
+        accumulate: forward passes whose gradients are averaged for one step; each has BN statistics of its own.
         optimizer: "sgd" (Nesterov off), "adam" or "adamw".
         lr: peak learning rate.
         momentum: of SGD.
@@ -149,6 +151,9 @@ class TrainConfig(Strict):
         calibration_images: clean training images BN is calibrated on; None for as many as are held out.
         precision: "float32", or "bf16" for the soft training steps. Evaluation is float32 always.
         device: "auto" (a GPU where there is one), "cpu" or "gpu".
+        devices: processes on each machine, one for each GPU; None for as many as torchrun started. ``lowbit train`` starts them.
+        nodes: machines; None for as many as torchrun runs on.
+        strategy: "auto" or "ddp": every process has the whole network, gradients are averaged.
         channels_last: memory format of the training steps.
         workers: processes of each rank that load images, for data sets that don't lie in memory; None for one on each core
             (16 at most), 0 for none. The batches do not depend on it.
@@ -161,6 +166,7 @@ class TrainConfig(Strict):
 
     epochs: Annotated[int, Field(ge=1)] = 10
     batch_size: Annotated[int, Field(ge=2)] = 100
+    accumulate: Annotated[int, Field(ge=1)] = 1
     eval_batch_size: Annotated[int, Field(ge=1)] = 500
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 0.1
@@ -179,12 +185,26 @@ class TrainConfig(Strict):
     calibration_images: Annotated[int, Field(ge=1)] | None = None
     precision: Literal["float32", "bf16"] = "float32"
     device: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: Annotated[int, Field(ge=1)] | None = None
+    nodes: Annotated[int, Field(ge=1)] | None = None
+    strategy: Literal["auto", "ddp"] = "auto"
     channels_last: bool = True
     workers: Annotated[int, Field(ge=0)] | None = None
     start_from: str | None = None
     warm_start: Annotated[float, Field(ge=0)] = 0.0
     mapping_lr_scale: Annotated[float, Field(gt=0)] = 1.0
     distill: DistillConfig | None = None
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _whole_networks(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.lower().startswith(("fsdp", "deepspeed")):
+            raise ValueError(
+                f"{value} shards the parameters, but scales, mapping networks and BN calibration need whole layers, and a low-bit "
+                "network of this kind fits on any device: use ddp, and if memory is short a smaller train.batch_size with "
+                "train.accumulate"
+            )
+        return value
 
     @model_validator(mode="after")
     def _agree(self) -> TrainConfig:
