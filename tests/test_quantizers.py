@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from lowbit.train import Schedule, prepare, published_growth, weight_statistics
+import lowbit
+from lowbit.train import (
+    Residual,
+    Schedule,
+    auxiliary_loss,
+    calibrate_batchnorm,
+    freeze,
+    parameter_groups,
+    prepare,
+    published_growth,
+    weight_statistics,
+)
 from lowbit.train.layers import PixelInput, Pixels
+from lowbit.train.proof import prove
 from lowbit.train.quantizers import ACTIVATIONS, WEIGHTS, ActivationQuantizer, WeightQuantizer
 from lowbit.train.quantizers.slb import SLB
 
@@ -68,17 +83,36 @@ def test_weights_have_a_gradient(name: str, bits: int) -> None:
     assert latent.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize(("name", "bits"), WEIGHT_CASES)
+@pytest.mark.parametrize("weight", [torch.zeros(3, 4), torch.full((3, 2, 3, 3), 0.1), torch.full((1, 1), -2.0)])
+def test_weights_without_spread_are_numbers(name: str, bits: int, weight: torch.Tensor) -> None:
+    quantizer, latent = weights(name, bits, weight)
+    latent.requires_grad_()
+    value = quantizer.fake(latent)
+    value.square().sum().backward()
+    assert value.isfinite().all()
+    assert latent.grad.isfinite().all()
+    assert latent.grad.abs().max() < 1e4
+    encoded = quantizer.encode(latent)
+    assert encoded.codes.isfinite().all()
+    assert encoded.scale.isfinite().all()
+
+
 @pytest.mark.parametrize(("name", "bits"), ACTIVATION_CASES)
-@pytest.mark.parametrize("size", [0, 1, 1000])
-def test_fake_activations_are_decoded_codes(name: str, bits: int, size: int) -> None:
+@pytest.mark.parametrize(("size", "training"), [(0, False), (1, False), (1000, False), (1, True), (1000, True)])
+def test_fake_activations_are_decoded_codes(name: str, bits: int, size: int, training: bool) -> None:
     quantizer = activations(name, bits, 5)
+    for p in quantizer.parameters():
+        if p.ndim:  # a number per channel starts at 0
+            torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(5))
     if size:
         quantizer(numbers(4, 5))  # those that measure a range see one
-    quantizer.eval()
+    quantizer.train(training)
     x = numbers(size, 5)
+    fake = quantizer.fake(x)
     codes = quantizer.encode(x)
     value = codes * quantizer.scale
-    assert torch.equal(quantizer.fake(x), value if quantizer.offset is None else value + quantizer.offset)
+    assert torch.equal(fake, value if quantizer.offset is None else value + quantizer.offset)
     assert torch.equal(codes, codes.round())
     quantizer.code_type.index(codes.to(torch.int16).numpy())
     assert (quantizer.reciprocal is None) == (quantizer.code_type.kind == "bipolar")
@@ -93,6 +127,94 @@ def test_activations_have_a_gradient_inside_their_range_only(name: str, bits: in
     assert x.grad is not None
     assert x.grad[0] > 0
     assert x.grad[1:].flatten().tolist() == [0, 0]
+
+
+class Small(nn.Module):
+    """A stream through one convolution for each name, then a low-bit linear layer on a flattened map."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.stem, self.stem_bn, self.stream = nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), Residual()
+        self.convs = nn.ModuleDict({name: nn.Conv2d(6, 6, 3, padding=1, bias=False) for name in names})
+        self.bns = nn.ModuleDict({name: nn.BatchNorm2d(6) for name in names})
+        self.adds = nn.ModuleDict({name: Residual() for name in names})
+        self.pool, self.fc, self.fc_bn = nn.AvgPool2d(4), nn.Linear(24, 12), nn.BatchNorm1d(12)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stream(self.stem_bn(self.stem(x)))
+        for name, conv in self.convs.items():
+            x = self.adds[name](self.bns[name](conv(x)), x)
+        return self.head(self.fc_bn(self.fc(self.pool(x).flatten(1))))
+
+
+def trained(quantizer: str, bits: tuple[int, ...], **kwargs: Any) -> Any:
+    """Two steps of a small network with a convolution for each number of bits; its Graph; the images."""
+    torch.manual_seed(0)
+    overrides = {f"convs.bits{b}": {f"{quantizer}_bits": b} for b in bits}
+    kwargs |= {f"{quantizer}_bits": bits[0]}
+    model = prepare(
+        Small([f"bits{b}" for b in bits]),
+        image=Pixels((120,), 1 / 70),
+        residual_dtype="float16",
+        overrides=overrides,
+        **kwargs,
+    ).train()
+    x, y = torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8), torch.arange(64) % 4
+    Schedule(model, 2).step(1)
+    optimizer = torch.optim.SGD(parameter_groups(model, lr=0.1), momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (F.cross_entropy(model(x), y) + auxiliary_loss(model)).backward()
+        optimizer.step()
+    calibrate_batchnorm(model, [x])
+    model.eval()
+    return model, freeze(model, x[:1]), x
+
+
+def some(bits: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((*bits[:2], bits[-1])))
+
+
+def held(model: nn.Module, graph: lowbit.Graph, x: torch.Tensor) -> None:
+    p = prove(model, graph, lowbit.load(graph), x)
+    assert p.root_activations > 0
+    assert (p.integers_differ, p.root_flips, p.decisions_changed) == (0, 0, 0), p
+
+
+@pytest.mark.parametrize("name", list(WEIGHTS))
+def test_every_weight_quantizer_runs_as_trained(name: str) -> None:
+    held(*trained("weight", some(WEIGHTS.get(name).allowed_bits), method=name))
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_every_activation_quantizer_runs_as_trained(name: str) -> None:
+    held(*trained("activation", some(ACTIVATIONS.get(name).allowed_bits), method="sign", activation=name))
+
+
+def test_shifts_are_in_the_proof() -> None:
+    """RSign's shift is a step of its own in front of the layer; root flips are counted through it."""
+    model, graph, x = trained("activation", (1,), method="sign", activation="reactnet")
+    held(model, graph, x)
+    nodes = {n.name: n for n in graph.nodes}
+    shifts = {name: n for name, n in nodes.items() if n.op == "add" and name.endswith(".shift")}
+    assert sorted(shifts) == ["convs.bits1.shift", "fc.shift"]  # the layers keep their names for their products
+    assert nodes["convs.bits1.quantize"].inputs == ("convs.bits1.shift",)
+    assert nodes["convs.bits1"].op == "conv2d"
+    assert nodes["fc"].op == "linear"
+    beta = graph.tensors["convs.bits1.shift.term"].data
+    assert np.array_equal(beta, -model.convs["bits1"].input_quantizer.beta.detach().numpy())
+    assert np.abs(beta).min() > 0  # it has been learned
+
+    def with_constant(name: str, data: np.ndarray) -> lowbit.Graph:
+        return lowbit.Graph(graph.nodes, {**graph.tensors, name: lowbit.Tensor(data)}, graph.meta)
+
+    wrong = with_constant("convs.bits1.shift.term", beta + np.float32(0.1))
+    p = prove(model, wrong, lowbit.load(wrong), x)
+    assert p.root_by_layer.keys() == {"convs.bits1.quantize"}
+    # a stream that comes out otherwise is seen behind the shift of the layer that reads it
+    wrong = with_constant("stem_bn.add.term", graph.tensors["stem_bn.add.term"].data + np.float32(0.1))
+    assert prove(model, wrong, lowbit.load(wrong), x).root_by_layer.keys() == {"convs.bits1.quantize"}
 
 
 def test_pixels_are_exact() -> None:
@@ -118,11 +240,18 @@ def test_registry_names_the_nearest() -> None:
         WEIGHTS.get("slab")
 
 
-def test_minus_zero_is_plus_one() -> None:
-    zero = torch.tensor([0.0, -0.0])
-    assert ACTIVATIONS.get("sign")(1).encode(zero).tolist() == [1, 1]
-    assert WEIGHTS.get("sign")(1).encode(zero.view(2, 1)).codes.flatten().tolist() == [1, 1]
-    assert WEIGHTS.get("slb")(1).encode(zero.view(2, 1)).codes.flatten().tolist() == [1, 1]
+@pytest.mark.parametrize("name", [name for name, bits in WEIGHT_CASES if bits == 1])
+def test_minus_zero_weights_are_plus_one(name: str) -> None:
+    quantizer, latent = weights(name, 1, torch.tensor([[-1.0, 0.0, -0.0, 1.0]]))
+    assert quantizer.encode(latent).codes.tolist() == [[-1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in ACTIVATIONS if ACTIVATIONS.get(n)(ACTIVATIONS.get(n).allowed_bits[0]).reciprocal is None]
+)
+def test_minus_zero_activations_are_plus_one(name: str) -> None:
+    quantizer = activations(name, 1, 1)
+    assert quantizer.encode(torch.tensor([[0.0], [-0.0]])).flatten().tolist() == [1, 1]
 
 
 def test_rounding_is_to_even() -> None:

@@ -62,7 +62,8 @@ class DoReFa(WeightQuantizer):
     def _codes(self, latent: Tensor) -> Tensor:
         n = 2**self.bits - 1
         t = torch.tanh(latent.float())
-        u = t / torch.clamp(2 * t.abs().amax(), min=torch.finfo(t.dtype).tiny) + 0.5
+        largest = t.abs().amax()
+        u = t / torch.where(largest > 0, 2 * largest, 1.0) + 0.5
         return 2 * round_ste(n * u) - n
 
     def fake(self, latent: Tensor) -> Tensor:
