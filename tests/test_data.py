@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lowbit.train.data import DATASETS, Augment, Batches, DataError, ImageData, fashion_mnist, rounds
+from lowbit.train.data import DATASETS, Augment, Batches, DataError, DataSource, ImageData, cifar, fashion_mnist, rounds
 from lowbit.train.data.batches import random_crop_flip
 from lowbit.train.data.images import split_indices
 
@@ -160,6 +162,159 @@ def test_train_images_takes_the_first_of_the_permutation(folder):
         _ = DATASETS.get("fashion_mnist")(root=folder, train_images=41).train_x
 
 
+# --- CIFAR
+
+
+def write_cifar(folder: Path, layout: cifar.Layout) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Every batch's pixels and classes, as they were written."""
+    rng = np.random.default_rng(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for name, records in (*layout.train, *layout.test):
+        labels = np.stack([rng.integers(0, values, records) for _, values in layout.labels], 1).astype(np.uint8)
+        pixels = rng.integers(0, 256, (records, 3072), np.uint8)
+        (folder / name).write_bytes(np.concatenate([labels, pixels], 1).tobytes())
+        written[name] = pixels.reshape(records, 3, 32, 32), labels[:, -1]
+    return written
+
+
+@pytest.fixture(params=["CIFAR10", "CIFAR100"])
+def layout(request, tmp_path, monkeypatch):
+    """The layout of one of the two, with four records a batch; no cache, no network."""
+    real = getattr(cifar, request.param)
+    small = dataclasses.replace(
+        real, train=tuple((name, 4) for name, _ in real.train), test=tuple((name, 3) for name, _ in real.test)
+    )
+    monkeypatch.setattr(cifar, request.param, small)
+    monkeypatch.setattr(cifar, "VALIDATION", 2)
+    monkeypatch.setattr(cifar, "MIRRORS", ())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return small
+
+
+def packed(folder: Path, archive: Path, inside: str) -> Path:
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "w:gz") as tar:
+        for path in sorted(folder.iterdir()):
+            tar.add(path, f"{inside}/{path.name}")
+    return archive
+
+
+def test_cifar_layouts_are_the_official_ones():
+    assert [n for _, n in cifar.CIFAR10.train] == [10_000] * 5
+    assert cifar.CIFAR10.train[0][0] == "data_batch_1.bin"
+    assert cifar.CIFAR100.train == (("train.bin", 50_000),)
+    for real in (cifar.CIFAR10, cifar.CIFAR100):
+        assert sum(n for _, n in real.test) == 10_000
+        assert len(set(real.classes)) == len(real.classes) == real.labels[-1][1]
+        assert list(real.classes) == sorted(real.classes)
+
+
+def test_cifar_is_read_from_every_place(layout, tmp_path):
+    build = DATASETS.get(layout.name)
+    written = write_cifar(tmp_path / "given" / layout.folder, layout)
+    archive = packed(tmp_path / "given" / layout.folder, tmp_path / "packed" / layout.archive, layout.folder)
+    places = [tmp_path / "given", tmp_path / "given" / layout.folder, archive, archive.parent]
+    for place in places:
+        data = build(root=place)
+        for part, x, y in (("train", data.full_x, data.full_y), ("test", data.test_x, data.test_y)):
+            names = [name for name, _ in getattr(layout, part)]
+            assert np.array_equal(x.numpy(), np.concatenate([written[name][0] for name in names]))
+            assert np.array_equal(y.numpy(), np.concatenate([written[name][1] for name in names]))
+            assert y.dtype == torch.int64
+        assert len(data.val_x) == 2
+        assert data.classes == layout.classes
+        assert data.shape == (3, 32, 32)
+    (tmp_path / "cache" / "lowbit").mkdir(parents=True)
+    archive.parent.rename(tmp_path / "cache" / "lowbit" / layout.name)
+    assert torch.equal(build().full_x, data.full_x)
+
+
+def test_cifar_class_names_come_from_their_file(layout, tmp_path):
+    write_cifar(tmp_path, layout)
+    names = [f"class{i}" for i in range(len(layout.classes))]
+    path = tmp_path / layout.names_file
+    path.write_text("\n".join(names) + "\n\n")
+    assert DATASETS.get(layout.name)(root=tmp_path).classes == tuple(names)
+    path.write_text("\n".join(names[:-1]))
+    with pytest.raises(
+        DataError, match=f"{layout.names_file}: {len(names) - 1} different names, expected {len(names)}"
+    ):
+        DATASETS.get(layout.name)(root=tmp_path)
+
+
+def _set(data: bytes, at: int, value: int) -> bytes:
+    return data[:at] + bytes([value]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize("unpacked", [True, False], ids=["folder", "archive"])
+def test_broken_batches_are_refused_by_name_and_record(layout, tmp_path, unpacked):
+    write_cifar(tmp_path / "bin", layout)
+    name, size = layout.train[-1][0], len(layout.labels) + 3072
+    path = tmp_path / "bin" / name
+    whole = path.read_bytes()
+    last, values = layout.labels[-1]
+    for data, message in (
+        (whole[: 2 * size + 100], r"is cut short in record 3 of 4"),
+        (whole[:-1], r"is cut short in record 4 of 4"),
+        (whole[:size], r"is cut short in record 2 of 4"),
+        (b"", r"is cut short in record 1 of 4"),
+        (whole + b"ab", r"goes on after record 4 with 2 bytes"),
+        (
+            _set(whole, 2 * size + len(layout.labels) - 1, values),
+            rf"record 3 has the {last} {values}, expected 0 to {values - 1}",
+        ),
+        (_set(whole, 3 * size, 255), r"record 4 has the .*label 255, expected 0 to"),
+    ):
+        path.write_bytes(data)
+        root = path.parent if unpacked else packed(path.parent, tmp_path / "some.tar.gz", layout.folder)
+        with pytest.raises(DataError, match=message) as caught:
+            _ = DATASETS.get(layout.name)(root=root).train_x
+        assert name in str(caught.value)
+        assert str(root) in str(caught.value)
+
+
+def test_missing_batches_and_broken_archives(layout, tmp_path):
+    build = DATASETS.get(layout.name)
+    with pytest.raises(DataError, match=f"no {layout.train[0][0]} and no {layout.archive} here"):
+        build(root=tmp_path)
+    with pytest.raises(DataError, match="not here and not to be fetched"):
+        _ = build().train_x
+    write_cifar(tmp_path / "bin", layout)
+    (tmp_path / "bin" / layout.train[-1][0]).unlink()
+    archive = packed(tmp_path / "bin", tmp_path / layout.archive, layout.folder)
+    with pytest.raises(DataError, match=rf"has no {layout.folder}/{layout.train[-1][0]}"):
+        _ = build(root=archive).train_x
+    assert len(build(root=archive).test_x) == 3
+    with pytest.raises(DataError, match=rf"{layout.train[-1][0]}: can't be read \(No such file"):
+        _ = build(root=tmp_path / "bin").train_x
+    archive.write_bytes(archive.read_bytes()[:-2000])
+    with pytest.raises(DataError, match="not a whole archive"):
+        _ = build(root=archive).train_x
+    archive.write_bytes(b"nothing of the kind")
+    with pytest.raises(DataError, match="not a whole archive"):
+        _ = build(root=archive).train_x
+
+
+def test_cifar_is_fetched_once_its_md5_is_right(layout, tmp_path, monkeypatch):
+    write_cifar(tmp_path / "bin", layout)
+    archive = packed(tmp_path / "bin", tmp_path / "mirror" / layout.archive, layout.folder)
+    monkeypatch.setattr(cifar, "MIRRORS", ((tmp_path / "gone").as_uri() + "/", archive.parent.as_uri() + "/"))
+    with pytest.raises(DataError, match=f"MD5 .*expected {layout.md5}"):
+        _ = DATASETS.get(layout.name)().train_x
+    cache = tmp_path / "cache" / "lowbit" / layout.name
+    assert list(cache.iterdir()) == [], "a temporary file was left"
+    right = dataclasses.replace(layout, md5=hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(cifar, layout.name.upper(), right)
+    assert len(DATASETS.get(layout.name)().full_x) == sum(n for _, n in layout.train)
+    archive.unlink()
+    assert len(DATASETS.get(layout.name)().test_x) == 3
+    kept = cache / layout.archive
+    kept.write_bytes(kept.read_bytes()[:-2000])
+    with pytest.raises(DataError, match="delete it and it is fetched again"):
+        _ = DATASETS.get(layout.name)().full_x
+
+
 # --- folders of images
 
 
@@ -250,6 +405,57 @@ def test_batches_depend_on_seed_and_epoch_alone():
     assert order(0, 1) != order(1, 0)
 
 
+@pytest.mark.parametrize(("count", "ranks"), [(40, 2), (41, 2), (47, 3), (24, 3)])
+def test_ranks_share_what_one_process_sees(count, ranks):
+    x, y = numbered(count)
+    augment = Augment(crop=2, flip=True)
+    for epoch in (0, 1):
+        alone = Batches(x, y, 4, 7, augment, (9, 9))
+        alone.set_epoch(epoch)
+        micro = list(alone)
+        for rank in range(ranks):
+            share = Batches(x, y, 4, 7, augment, (9, 9), rank, ranks)
+            share.set_epoch(epoch)
+            got = list(share)
+            assert len(got) == len(share) == count // (4 * ranks)
+            for step, (images, labels) in enumerate(got):
+                assert torch.equal(images, micro[step * ranks + rank][0])
+                assert torch.equal(labels, micro[step * ranks + rank][1])
+
+
+def test_impossible_shares_are_refused():
+    x, y = numbered(10)
+    with pytest.raises(ValueError, match="batch_size = 6 on each of 2 ranks, but there are 10"):
+        Batches(x, y, 6, rank=0, world_size=2)
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match=f"rank = {rank} of 2"):
+            Batches(x, y, 2, rank=rank, world_size=2)
+    with pytest.raises(ValueError, match="these lie in memory, use crop"):
+        Batches(x, y, 2, augment=Augment(resized_crop=(0.1, 1)))
+
+
+def test_images_in_memory_as_a_data_source():
+    x, y = numbered(20)
+    data = ImageData(
+        "numbers", ("a", "b"), (2, 6, 5), (0, 0), 1.0, lambda: (x, y), lambda: (x[:7], y[:7]), validation=5
+    )
+    assert [data.count(part) for part in ("train", "full", "val", "test")] == [15, 20, 5, 7]
+    val = data.evaluation("val", 2)
+    for _ in range(2):
+        assert torch.equal(torch.cat([images for images, _ in val]), data.val_x)
+    shares = [torch.cat([labels for _, labels in data.evaluation("test", 2, rank=r, world_size=2)]) for r in (0, 1)]
+    assert sorted(torch.cat(shares).tolist()) == list(range(7))
+    assert torch.equal(torch.cat(list(data.calibration(9, 4))), data.train_x[:9])
+    assert len(torch.cat(list(data.calibration(99, 4)))) == 15
+    assert len(data.batches(4)) == 3
+    assert len(data.batches(4, part="full")) == 5
+    assert data.broken == ()
+    with pytest.raises(
+        DataError, match=r"data\.augment\.resized_crop.*numbers lies in memory.*use data\.augment\.crop"
+    ):
+        data.batches(4, augment=Augment(resized_crop=(0.1, 1)))
+
+
 def test_augmentation_is_a_shift_and_a_flip():
     generator = torch.Generator().manual_seed(5)
     x = torch.randint(1, 255, (200, 2, 6, 5), dtype=torch.uint8, generator=generator)
@@ -297,11 +503,11 @@ def test_rounds_keep_every_image():
     assert torch.equal(torch.cat([labels for _, labels in parts]), y)
 
 
-def test_every_data_set_gives_image_data_or_says_what_it_needs():
+def test_every_data_set_is_a_data_source_or_says_what_it_needs():
     for name in DATASETS:
         try:
             data = DATASETS.get(name)()
         except DataError:
             continue
-        assert isinstance(data, ImageData)
+        assert isinstance(data, DataSource)
         assert len(data.zero_point) == data.shape[0]

@@ -7,6 +7,7 @@ of green and of blue, each row-major.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import tarfile
 import zlib
@@ -193,14 +194,14 @@ def _unpack(layout: Layout, archive: Path, names: list[str]) -> dict[str, bytes]
     wanted = {f"{layout.folder}/{name}": name for name in names}
     found: dict[str, bytes] = {}
     try:
-        with tarfile.open(archive, "r:*") as tar:
+        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
             for member in tar:
                 name = wanted.get(member.name.removeprefix("./"))
-                stream = tar.extractfile(member) if name is not None else None
-                if name is not None and stream is not None:
-                    found[name] = stream.read()
-                    if len(found) == len(names):
-                        break
+                content = tar.extractfile(member) if name is not None else None
+                if name is not None and content is not None:
+                    found[name] = content.read()
+            while stream.read(1 << 20):  # gzip's checksum stands at the end
+                pass
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         again = "; delete it and it is fetched again" if archive.parent == download.cache_folder(layout.name) else ""
         raise DataError(f"{archive}: not a whole archive ({error}){again}") from None

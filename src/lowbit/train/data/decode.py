@@ -135,8 +135,8 @@ def _cut(image: Image.Image, size: int, augment: Augment, random: np.random.Gene
         if image.format == "JPEG":
             # draft takes the smallest decoding that is at least as large; ceil keeps the cut at `size` pixels or more
             image.draft(image.mode, (math.ceil(width * size / wide), math.ceil(height * size / high)))
-            across, down = image.width / width, image.height / height
-            box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-            box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+            # one pixel of a draft stands for `shrink` x `shrink`; the last row and column may stand for fewer
+            shrink = next(s for s in (1, 2, 4, 8) if (-(-width // s), -(-height // s)) == image.size)
+            box = (box[0] / shrink, box[1] / shrink, box[2] / shrink, box[3] / shrink)
         whole = _upright(image)
     return whole.resize((size, size), Image.Resampling.BILINEAR, box=box)

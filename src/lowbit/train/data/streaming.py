@@ -190,11 +190,12 @@ class StreamingBatches(TrainingBatches):
         self._data, self._part, self._worker, self._workers = data, part, worker, workers
 
     def __iter__(self) -> Iterator[Labelled]:
+        # a generator, so that the epoch is the one at the first batch: Lightning may call iter() before set_epoch()
         epoch, seed = self.epoch, self._worker.seed
         assert seed is not None
         order = self._data.order(self._part, seed, epoch)
         requests = [(epoch, order[where]) for _, where in self.pieces()]
-        return _load(self._worker, requests, min(self._workers, len(requests)), self._data.found_broken)
+        yield from _load(self._worker, requests, min(self._workers, len(requests)), self._data.found_broken)
 
 
 @dataclass(frozen=True)
