@@ -23,7 +23,7 @@ class _SignOpen(Sign):
 
 @WEIGHTS.register("bireal")
 class BiReal(BinaryWeight):
-    """q(w) = alpha_o sign(w) with alpha_o = mean|w_o| per output channel o (1808.00278, section 3.3, equations 9 to 11).
+    """q(w) = alpha_o sign(w) with alpha_o = mean|w_o| per output channel o (1808.00278, "magnitude-aware gradient").
 
     Gradient: dq/dw = alpha_o for |w| < 1, else 0; alpha is a constant in it. The code that the authors published with ReActNet
     passes the gradient without the factor alpha_o; we follow the paper. Adam, which both papers train with, does not

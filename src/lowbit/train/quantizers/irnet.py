@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.train.quantizers.base import ACTIVATIONS, WEIGHTS, Encoded, per_channel, sign
+from lowbit.train.quantizers.base import ACTIVATIONS, WEIGHTS, Encoded, magnitude, per_channel, sign
 from lowbit.train.quantizers.sign import BinaryActivation, BinaryWeight
+from lowbit.train.quantizers.standardize import standardize
 
 _T_MIN, _T_MAX = 1e-1, 1e1
 
@@ -37,11 +38,11 @@ def _moved(progress: float) -> float:
 class IRNet(BinaryWeight):
     """q(w) = 2^s_o sign(w^) with w^ = (w - mean_o) / std_o and s_o = round(log2(mean|w^_o|)) per output channel o.
 
-    Libra parameter binarization (1909.10788, equations 6 to 9): the balanced, standardised weights have the largest
+    Libra parameter binarization (1909.10788, section 3.2): the balanced, standardised weights have the largest
     entropy, and the scale is a shift of the integer accumulator. std is the unbiased one, as in the authors' code. A channel
     whose weights are all equal has w^ = 0 and, where the paper's scale is 0, the scale 1.
 
-    Gradient: dsign/dw^ = k t (1 - tanh^2(t w^)), the error decay estimator (equations 10 and 11), with t = 0.1 * 100^progress and
+    Gradient: dsign/dw^ = k t (1 - tanh^2(t w^)), the error decay estimator (section 3.3), with t = 0.1 * 100^progress and
     k = max(1/t, 1): nearly the identity at the start of the run, nearly the sign's own at its end; `Schedule` moves t, every step or
     every epoch. Behind it the exact gradient of w^ in w; s is a constant.
     """
@@ -55,31 +56,25 @@ class IRNet(BinaryWeight):
     def anneal(self, progress: float) -> None:
         self.t.fill_(_moved(progress))
 
-    def _standardized(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """w^ and 2^s."""
-        w = latent.float()
-        dims = tuple(range(1, w.ndim))
-        std, mean = torch.std_mean(w, dim=dims, correction=min(1, w[0].numel() - 1), keepdim=True)
-        # what equal weights leave of their mean is rounding noise, not to be blown up to a standard deviation of 1
-        noise = torch.finfo(w.dtype).eps * mean.detach().abs()
-        flat = std.detach() <= noise
-        w = torch.where(flat, 0.0, w - mean) / torch.where(flat, 1.0, std)
-        size = w.detach().abs().mean(dim=dims)
-        return w, torch.where(size > 0, torch.exp2(torch.round(torch.log2(size))), 1.0)
-
     def fake(self, latent: Tensor) -> Tensor:
-        w, scale = self._standardized(latent)
+        w = standardize(latent)
         binary: Tensor = SignErrorDecay.apply(w, self.t)  # type: ignore[no-untyped-call]
-        return binary * per_channel(scale, w)
+        return binary * per_channel(_shift(w), w)
 
     def encode(self, latent: Tensor) -> Encoded:
-        w, scale = self._standardized(latent.detach())
-        return Encoded(sign(w), scale)
+        w = standardize(latent.detach())
+        return Encoded(sign(w), _shift(w))
+
+
+def _shift(w: Tensor) -> Tensor:
+    """2^s per output channel."""
+    size = magnitude(w)
+    return torch.where(size > 0, torch.exp2(torch.round(torch.log2(size))), 1.0)
 
 
 @ACTIVATIONS.register("irnet")
 class IRNetActivation(BinaryActivation):
-    """q(x) = sign(x) with the error decay estimator's gradient: see `IRNet` (1909.10788, equations 10 and 11)."""
+    """q(x) = sign(x) with the error decay estimator's gradient: see `IRNet` (1909.10788, section 3.3)."""
 
     t: Tensor
 

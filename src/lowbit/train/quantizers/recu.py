@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.train.quantizers.base import WEIGHTS, Encoded, magnitude, per_channel, sign
-from lowbit.train.quantizers.sign import BinaryWeight, SignIdentity
+from lowbit.train.quantizers.sign import BinaryWeight, clip_gradient
+from lowbit.train.quantizers.standardize import standardize
 
 _EPS = 1e-5
+
+
+class _ClampedSign(torch.autograd.Function):
+    """sign(clamp(w, -bound, bound)) = sign(w) with the gradient of the clamp."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, bound: Tensor) -> Tensor:
+        ctx.save_for_backward(w, bound)
+        return sign(w)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        w, bound = ctx.saved_tensors
+        return clip_gradient(grad, w / bound), None
 
 
 @WEIGHTS.register("recu")
@@ -60,16 +76,12 @@ class ReCU(BinaryWeight):
         self.tau.fill_(a * math.exp(progress) + self.tau_min - a)
 
     def _standardized(self, latent: Tensor) -> Tensor:
-        w = latent.float()
-        dims, n = tuple(range(1, w.ndim)), w[0].numel()
-        var, mean = torch.var_mean(w, dim=dims, correction=min(1, n - 1), keepdim=True)
-        return (w - mean) * (math.sqrt(8) * torch.rsqrt(var + _EPS))
+        return standardize(latent, _EPS) * math.sqrt(8)
 
     def fake(self, latent: Tensor) -> Tensor:
         w = self._standardized(latent)
-        with torch.no_grad():
-            bound = w.abs().mean() * -torch.log(2 - 2 * self.tau)
-        binary: Tensor = SignIdentity.apply(torch.clamp(w, -bound, bound))  # type: ignore[no-untyped-call]
+        bound = w.detach().abs().mean() * -torch.log(2 - 2 * self.tau)
+        binary: Tensor = _ClampedSign.apply(w, bound)  # type: ignore[no-untyped-call]
         return binary * per_channel(self.alpha, w)
 
     def encode(self, latent: Tensor) -> Encoded:
