@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit.train.distill import Distillation, distillation_loss
+from lowbit.train.distill import Distillation, distillation_loss, load_distillation
 from lowbit.train.recipe import RecipeError, parse_recipe
-from lowbit.train.rundir import RunError, read_metrics
+from lowbit.train.rundir import InputSpec, RunError, read_metrics, read_run
 from lowbit.train.trainer import load_run, train
 from test_trainer import _same, _state, recipe
 
@@ -76,10 +76,14 @@ def test_a_teacher_teaches(teacher, tmp_path):
     assert recipe_read.train.distill.temperature == 4.0
 
 
-def test_a_checkpoint_is_a_teacher_too(teacher, tmp_path):
-    train(taught(teacher), tmp_path / "directory")
-    train(taught(teacher / "checkpoints" / "final.ckpt"), tmp_path / "file")
-    _same(_state(tmp_path / "directory"), _state(tmp_path / "file"))
+def test_a_checkpoint_is_a_teacher_too(teacher):
+    spec = InputSpec.from_json(read_run(teacher)["input"])
+    both = [
+        load_distillation(taught(place).train.distill, spec).teacher.state_dict()
+        for place in (teacher, teacher / "checkpoints" / "final.ckpt")
+    ]
+    _same(*both)
+    _same(both[0], _state(teacher))
 
 
 def test_refusals(teacher, tmp_path):

@@ -12,15 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit.report import write_report
 from lowbit.train import auxiliary_loss, freeze, prepare
 from lowbit.train.export import export_run
 from lowbit.train.layers import quantized_layers
 from lowbit.train.models import build_model
+from lowbit.train.network import build_network
 from lowbit.train.prepare import FlipCounter, mapping_parameters, parameter_groups
 from lowbit.train.quantizers.base import sign
 from lowbit.train.quantizers.lns import LNS, _conv_as_product, corrected_loss
 from lowbit.train.recipe import RecipeError, parse_recipe
-from lowbit.train.rundir import RunError, read_metrics
+from lowbit.train.rundir import InputSpec, RunError, read_metrics, read_run
+from lowbit.train.start import read_start
 from lowbit.train.trainer import train
 from test_trainer import Stop, _rows, _same, _state, recipe
 
@@ -164,18 +167,22 @@ def test_fake_weights_are_decoded_codes(shape: tuple[int, ...], form: str) -> No
         assert not torch.equal(encoded.codes, sign(w)), "this mapping flips nothing: a poor test"
 
 
-def test_codes_do_not_depend_on_the_memory_format() -> None:
-    w = bank((32, 16, 3, 3))
+@pytest.mark.parametrize("shape", [(32, 16, 3, 3), (64, 1, 3, 3), (1, 1, 3, 3), (33, 7, 1, 1)])
+def test_codes_do_not_depend_on_the_memory_format(shape: tuple[int, ...]) -> None:
+    def other_format(x: Tensor) -> Tensor:  # contiguous() would leave one channel as it is
+        return torch.empty_like(x, memory_format=torch.channels_last).copy_(x.detach())
+
+    w = bank(shape)
     q = lns(w, form="plain")
     one = q.encode(w)
     other = copy.deepcopy(q)
     for p in other.mapping.parameters():
         if p.ndim == 4:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
-    found = other.encode(w.contiguous(memory_format=torch.channels_last))
+            p.data = other_format(p)
+    found = other.encode(other_format(w))
     assert torch.equal(found.codes, one.codes)
     assert torch.equal(found.scale, one.scale)
-    assert torch.equal(other.mapped(w)[0], q.mapped(w)[0])
+    assert torch.equal(other.mapped(other_format(w))[0], q.mapped(w)[0])
 
 
 def test_zero_weights() -> None:
@@ -263,15 +270,16 @@ def test_a_prepared_network_survives() -> None:
 
 
 def test_a_compiled_network_has_the_same_gradients() -> None:
-    net = network().train()
+    torch.manual_seed(0)
+    net = prepare(nn.Sequential(nn.Conv2d(4, 6, 3)), method="lns", edges="none").train()
     with torch.no_grad():
         for p in mapping_parameters(net):
             p.add_(torch.randn(p.shape) * 0.1)
-    x, y = images()
+    x = torch.randn(2, 4, 5, 5)
     twin = copy.deepcopy(net)
-    compiled = torch.compile(twin, backend="aot_eager")
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
     for model, forward in ((net, net), (twin, compiled)):
-        (F.cross_entropy(forward(x), y) + auxiliary_loss(model)).backward()
+        (forward(x).square().mean() + auxiliary_loss(model)).backward()
     for (name, one), other in zip(net.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -408,10 +416,10 @@ def test_ablations_by_configuration_alone(runs, tmp_path):
         if has_loss:
             assert row["noisy_gradient_ratio"] > 0
         assert row["gap"] == 0
+    page = write_report(tmp_path / "full")[0].read_text()
+    assert "Noisy supervision" in page
     # a run goes on from another of its own kind, mapping included
-    watch = Watch()
-    train(lns_recipe(tmp_path / "full", train__epochs=1), tmp_path / "more", callbacks=[watch])
-    assert all(torch.equal(p, _state(tmp_path / "full")[key]) for key, p in watch.seen[0].items())
+    _same(started(lns_recipe(tmp_path / "full")), _state(tmp_path / "full"))
 
 
 def test_resumed_with_a_teacher_equals_uninterrupted(runs, tmp_path):
@@ -433,11 +441,27 @@ def test_exported_with_proof(runs, tmp_path):
     assert proof.decisions_changed == 0
 
 
-def test_slb_goes_on_with_its_logits(runs, tmp_path):
-    watch = Watch()
-    made = recipe(train__start_from=str(runs / "slb"), train__epochs=1)
-    train(made, tmp_path / "run", callbacks=[watch])
-    assert all(torch.equal(p, _state(runs / "slb")[key]) for key, p in watch.seen[0].items())
+def started(made) -> dict[str, Tensor]:
+    """The network of a recipe before its first step."""
+    spec = InputSpec.from_json(read_run(made.train.start_from)["input"])
+    return build_network(made, spec, read_start(made.train.start_from)).state_dict()
+
+
+def test_what_the_other_methods_start_from(runs):
+    """Real weights go anywhere, SLB's logits to SLB alone, a quantizer's state to its own kind."""
+    slb, plain = _state(runs / "slb"), _state(runs / "sign")
+    _same(started(recipe(train__start_from=str(runs / "slb"))), slb)
+    two_bits = recipe(train__start_from=str(runs / "slb"), quantize__weight_bits=2)
+    with pytest.raises(RecipeError, match="logits of SLB with 1 bits, and only the same method with the same bits"):
+        started(two_bits)
+    found = started(recipe(train__start_from=str(runs / "sign"), quantize__method="dorefa"))
+    assert {key for key in found if key in plain} >= {key for key in plain if not key.endswith("num_batches_tracked")}
+    assert all(torch.equal(found[key], plain[key]) for key in plain)
+    assert any(key.endswith("input_quantizer.range") for key in plain), "no quantizer with a state"
+    logits = started(recipe(train__start_from=str(runs / "sign")))
+    key = "blocks.0.body.0.conv.weight"
+    assert torch.equal(sign(logits[key]), sign(plain[key]))
+    assert not torch.equal(logits[key], plain[key])
 
 
 def test_recipe_keys():

@@ -226,6 +226,16 @@ def _plots(found: _Run) -> list[dict[str, str]]:
             axes.set_ylim(bottom=0)
             axes.legend()
             keep(figure, "Flipped weights", "Share of the low-bit weights whose code changed.")
+        if any(row.get("aux_loss") is not None for row in rows):
+            figure, (upper, lower) = _axes("noisy loss", panels=2)
+            _line(upper, rows, "aux_loss", BLUE)
+            _line(lower, rows, "noisy_gradient_ratio", ORANGE)
+            lower.set_ylabel("gradient ratio")
+            note = (
+                "LNS: the method's own part of the loss, and the norm of its gradient over that of the task's, with respect to "
+                "the latent weights."
+            )
+            keep(figure, "Noisy supervision", note)
     return plots
 
 

@@ -124,7 +124,9 @@ def _batch_norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 def _channels_last(x: Tensor) -> Tensor:
     """One memory format, so that the same numbers give the same sums: checkpoints come back in another one."""
-    return x.contiguous(memory_format=torch.channels_last)
+    o, i, h, w = x.shape
+    # not contiguous(): with one channel it takes either format for this one, and the convolutions do not
+    return x.permute(0, 2, 3, 1).reshape(-1).view(o, h, w, i).permute(0, 3, 1, 2)
 
 
 @WEIGHTS.register("lns")
