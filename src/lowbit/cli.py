@@ -68,7 +68,8 @@ def run() -> None:
         line = explain(error)
         if line is None or os.environ.get("LOWBIT_DEBUG"):
             raise
-        sys.stderr.write(f"error: {line}\n")
+        if not getattr(error, "told", False):  # another process of the same run says it
+            sys.stderr.write(f"error: {line}\n")
         raise SystemExit(2) from None
 
 
@@ -140,21 +141,32 @@ def train(
     test: Annotated[
         bool, typer.Option("--test/--no-test", help="Evaluate the final network on the test images, once.")
     ] = False,
+    devices: Annotated[
+        int | None, typer.Option(help="Processes, one for each GPU: the same as --set train.devices=N.", min=1)
+    ] = None,
 ) -> None:
     """Train a network as a recipe says, into a run directory."""
+    from lowbit.train.distributed import launch, main_process
     from lowbit.train.recipe import RecipeError, load_recipe
     from lowbit.train.trainer import train as train_recipe
 
     overrides = list(changes or [])
     if seed is not None:
         overrides.append(f"seed={seed}")
+    if devices is not None:
+        overrides.append(f"train.devices={devices}")
     if resume and recipe.is_dir():
         run_dir, recipe = run_dir or recipe, recipe / "recipe.yaml"
     elif (recipe / "run.json").is_file():
         raise RecipeError(f"{recipe}: is a run directory, not a recipe; go on with the run with --resume")
     loaded = load_recipe(recipe, overrides)
+    status = launch(loaded, sys.argv[1:])
+    if status is not None:
+        raise typer.Exit(status)
     place = run_dir or Path("runs") / loaded.name
-    _log_to_stderr()
+    talks = main_process()
+    if talks:
+        _log_to_stderr()
     try:
         result = train_recipe(loaded, place, resume=resume, overwrite=overwrite, test=test)
     except (KeyboardInterrupt, SystemExit):
@@ -163,6 +175,8 @@ def train(
     except OSError as error:
         error.filename = error.filename or place  # a full disk says nothing of where
         raise
+    if not talks:
+        return
     table = _facts(f"{loaded.name}: {result.run['epochs_done']} epochs in {result.run['wall_seconds']:.0f} s")
     for part in ("validation", "test"):
         found = result.results[part]

@@ -209,19 +209,19 @@ def plan(cells: Iterable[Cell], places: Places, *, test: bool = True, refresh: b
     steps: dict[tuple[str, str], Step] = {}
 
     def add(cell: Cell, for_run: bool) -> None:
-        before = steps.get(cell.key)
-        step = before or look(cell, places, test=test, refresh=refresh)
+        step = steps.get(cell.key) or look(cell, places, test=test, refresh=refresh)
         if for_run and step.action == Action.done and not step.for_run:
             step = look(cell, places, test=test, refresh=refresh, for_run=True)
+        elif cell.key in steps:
+            return
         if step.action not in (Action.done, Action.collect, Action.refused):
             for need in cell.needs.values():
                 add(need, True)
-            steps.pop(cell.key, None)  # behind what it needs
+        steps.pop(cell.key, None)
         steps[cell.key] = step
 
     for cell in cells:
-        if cell.key not in steps:
-            add(cell, False)
+        add(cell, False)
     return list(steps.values())
 
 

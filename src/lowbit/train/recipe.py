@@ -440,10 +440,11 @@ def assign(tree: dict[str, Any], key: str, value: Any, what: str) -> None:
     *path, last = key.strip().split(".")
     section = tree
     for part in path:
-        inner = section.setdefault(part, {})
-        if not isinstance(inner, dict):
+        if section.get(part) is None:
+            section[part] = {}
+        section = section[part]
+        if not isinstance(section, dict):
             raise RecipeError(f"{what}: {part!r} is not a section")
-        section = inner
     section[last] = value
 
 

@@ -330,20 +330,21 @@ class Table:
         layers += [(f"axes.{axis}", changes) for axis, changes in _on_axes(config, label)]
         layers.append((f"cells.{label}.set", config.cells.get(label, CellConfig()).set))
         layers.append(("tune", last))
-        for part, changes in layers:
-            for key, value in changes.items():
-                if key in _OWNED:
-                    raise TableError(
-                        f"{self.path}: {part}: {key!r} is filled in by the table; seeds: sets how many runs"
-                    )
-                assign(tree, key, copy.deepcopy(value), f"{where}: {part}")
-        for text in self._overrides:
-            if text.partition("=")[0].strip() in _OWNED:
-                raise TableError(f"--set {text!r}: is filled in by the table; --seeds sets how many runs")
-            assign_text(tree, text)
-        tree |= {"name": f"{config.name}-{slug(label)}-{run}", "seed": seed}
         try:
-            return parse_recipe(tree, where)
+            for part, changes in layers:
+                for key, value in changes.items():
+                    if key in _OWNED:
+                        raise TableError(
+                            f"{self.path}: {part}: {key!r} is filled in by the table; seeds: says how many runs"
+                        )
+                    assign(tree, key, copy.deepcopy(value), f"{where}: {part}")
+            for text in self._overrides:
+                if text.partition("=")[0].strip() in _OWNED:
+                    raise TableError(f"--set {text!r}: is filled in by the table; --seeds says how many runs")
+                assign_text(tree, text)
+            return parse_recipe(tree | {"name": f"{config.name}-{slug(label)}-{run}", "seed": seed}, where)
+        except TableError:
+            raise
         except RecipeError as error:
             raise TableError(str(error)) from None
 
