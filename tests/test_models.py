@@ -34,6 +34,11 @@ def small(name: str, in_channels: int = 3, image_size: int = SIDE, **arguments: 
     return model
 
 
+def streams(model: nn.Module) -> int:
+    """Residual modules that round one value: the stem's, and those of nonlinearities behind a sum."""
+    return sum(isinstance(getattr(m, "stream", None), Residual) for m in model.modules())
+
+
 def images(count: int, side: int = SIDE, channels: int = 3) -> Tensor:
     """Coarse random patterns, so that there are edges at every scale."""
     g = torch.Generator().manual_seed(3)
@@ -84,20 +89,30 @@ CHECKS = {
 }
 
 
+SEEN: dict[tuple[str, str], str] = {}
+
+
 @pytest.mark.parametrize("kind", CHECKS)
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_frozen_and_run(name: str, kind: str):
     """Every integer of the engine is the interpreter's, every code the training graph's."""
     torch.manual_seed(0)
     model = small(name)
+    same = SEEN.setdefault((str(model), kind), name)
+    if same != name:
+        pytest.skip(f"{same} is the same network when each block comes once")
     has_stream = any(isinstance(m, Residual) for m in model.modules())
     half = has_stream and kind == "int8-edges"
     model, graph, proof = proven(model, images(6), residual_dtype="float16" if half else "float32", **CHECKS[kind])
     assert_proven(proof)
-    if half:  # whatever is kept for a second reader is a float16 stream or codes
+    if half:
         types = graph.validate()
+        sums = [n for n in graph.nodes if n.op == "add" and len(n.inputs) == 2]
+        assert len(sums) == sum(isinstance(m, Residual) for m in model.modules()) - streams(model)
         for node in graph.nodes:
-            readers = [n for n in graph.nodes if node.name in n.inputs]
+            readers = [n.op for n in graph.nodes if node.name in n.inputs]
+            # each sum is rounded, and whatever is kept for a second reader is a float16 stream or codes
+            assert node not in sums or readers == ["cast"], node.name
             assert len(readers) < 2 or types[node.name].dtype in ("float16", "codes"), node.name
 
 
@@ -140,31 +155,6 @@ def test_prepared(name):
     prepared(x).sum().backward()
     with torch.no_grad():
         assert prepared.eval()(x).isfinite().all()
-
-
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_every_sum_can_be_rounded(name):
-    """float16 streams: the sum of two values is made by a Residual, and so is what the sums read."""
-    model = small(name)
-    traced = torch.export.export(model.eval(), (torch.randn(2, 3, SIDE, SIDE),)).graph
-
-    def made_by(node: torch.fx.Node) -> str:
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        kind = stack[-1][1] if stack else ""
-        return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
-
-    sums = [
-        n
-        for n in traced.nodes
-        if n.op == "call_function"
-        and "add.Tensor" in str(n.target)
-        and all(isinstance(a, torch.fx.Node) and a.meta["val"].shape == n.meta["val"].shape for a in n.args)
-    ]
-    assert all(made_by(n).endswith("Residual") for n in sums)
-    residuals = sum(isinstance(m, Residual) for m in model.modules())
-    behind_sums = sum(isinstance(getattr(m, "stream", None), Residual) for m in model.modules())
-    assert residuals == len(sums) + behind_sums
-    assert behind_sums >= bool(sums)
 
 
 def count(model: nn.Module, kind: type[nn.Module]) -> int:
