@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from lowbit.train.recipe import Recipe, RecipeError, differing_keys
 from lowbit.train.rundir import RunError
 
-__all__ = ["RankError", "Ranks", "check_equal_recipes", "check_launch", "join", "launch", "main_process"]
+__all__ = ["ALONE", "RankError", "Ranks", "check_equal_recipes", "check_launch", "join", "launch", "main_process"]
 
 T = TypeVar("T")
 
@@ -183,6 +183,10 @@ class Ranks:
         return f"process {rank} of {self.world_size}"
 
 
+ALONE = Ranks()
+"""The only process."""
+
+
 def _digest(tensor: Tensor) -> str:
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()
@@ -221,7 +225,7 @@ def join(device: str) -> Ranks:
         device: "cuda" (NCCL) or "cpu" (gloo), for the gradients. Everything here goes through gloo.
     """
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
-        return Ranks()
+        return ALONE
     local_rank = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
         torch.cuda.set_device(local_rank)
@@ -253,12 +257,16 @@ def check_equal_recipes(recipe: Recipe, ranks: Ranks) -> None:
             raise RunError(message) if ranks.main else RankError(message, told=True)
 
 
-def launch(devices: int, arguments: Sequence[str]) -> int:
-    """Start ``python -m lowbit`` with the arguments ``devices`` times, with torchrun's launcher, and wait for all.
+def launch(recipe: Recipe, arguments: Sequence[str]) -> int | None:
+    """Start ``python -m lowbit`` with the arguments ``train.devices`` times, with torchrun's launcher, and wait for all.
 
     Returns:
-        The exit status: that of the first process to fail, 0 where none did.
+        The exit status: that of the first process to fail, 0 where none did. None where there is nothing to start: for one
+        device, in a process that was started like this, or for several nodes, which torchrun must start itself.
     """
+    devices = recipe.train.devices or 1
+    if devices == 1 or (recipe.train.nodes or 1) > 1 or dist.is_torchelastic_launched():
+        return None
     os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of the launcher: the processes say themselves what went wrong
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowbit.train.batchnorm import calibrate_batchnorm, update_state_batchnorm
 from lowbit.train.data import DataSource
 from lowbit.train.distill import Distillation
+from lowbit.train.distributed import ALONE, Ranks
 from lowbit.train.layers import quantized_layers
 from lowbit.train.prepare import (
     FlipCounter,
@@ -59,7 +60,12 @@ def lr_factor(recipe: Recipe, steps_per_epoch: int, step: int) -> float:
 
 
 class TrainingModule(L.LightningModule):
-    """One step, one epoch's end; everything else is Lightning's."""
+    """One step, one epoch's end; everything else is Lightning's.
+
+    Of several processes each normalises with its own batches' statistics (as each of ``train.accumulate`` forward passes does);
+    at an epoch's end the running statistics are averaged, rank 0 calibrates, evaluates and writes, and the others take over
+    its statistics. A step is one of the optimiser throughout.
+    """
 
     def __init__(
         self,
@@ -70,11 +76,12 @@ class TrainingModule(L.LightningModule):
         calibration: Iterable[Tensor],
         run_dir: Path,
         teacher: Distillation | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
         self.model, self.recipe, self.task = model, recipe, task
         self._data, self._calibration, self.run_dir = data, calibration, run_dir
-        self._teacher = teacher
+        self._teacher, self._ranks = teacher, ranks
         mapping = {id(p) for p in mapping_parameters(model)}
         self._still = [p for p in model.parameters() if id(p) not in mapping]
         self.steps_per_epoch = 1
@@ -86,6 +93,7 @@ class TrainingModule(L.LightningModule):
         self._state_bn = recipe.quantize.state_batchnorm
         self._channels_last = recipe.train.channels_last
         self._by_step = recipe.schedule.every == "step"
+        self._equal = ranks.world_size == 1
 
     def configure_optimizers(self) -> Any:
         t = self.recipe.train
@@ -127,14 +135,15 @@ class TrainingModule(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         # a network with random parts of its own draws the same numbers whether it was resumed or not
-        state = np.random.SeedSequence((self.recipe.seed, self.current_epoch)).generate_state(1)[0]
+        key = (self.recipe.seed, self.current_epoch, self._ranks.rank)
+        state = np.random.SeedSequence(key[: 2 + (key[2] > 0)]).generate_state(1)[0]
         torch.manual_seed(int(state))
         self.model.train()
         self._loss = torch.zeros((), device=self.device)
         self._score = torch.zeros((), device=self.device)
         self._aux: Tensor | None = None
         self._ratio: float | None = None
-        self._images = 0
+        self._batches = self._images = 0
         self._clock = time.perf_counter()
         if not self._by_step and self.schedule is not None:
             self.schedule.step(self.current_epoch)
@@ -154,6 +163,7 @@ class TrainingModule(L.LightningModule):
         self._loss += loss.detach()
         self._score += self.task.score(outputs, y)
         self._images += len(y)
+        self._batches += 1
         if self._state_bn:
             update_state_batchnorm(self.model, x)
         aux = auxiliary_loss(self.model)
@@ -164,6 +174,11 @@ class TrainingModule(L.LightningModule):
         return loss + aux
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: ARG002
+        if (
+            not self._equal
+        ):  # a parameter that its first batch sets (LSQ) has been set to something else by each process
+            self._ranks.average(self.model.parameters())
+            self._equal = True
         if self.global_step < round(self.recipe.train.warm_start * self.steps_per_epoch):
             for parameter in self._still:  # without a gradient neither momentum nor decay moves it
                 parameter.grad = None
@@ -173,36 +188,40 @@ class TrainingModule(L.LightningModule):
         recipe, metric, epoch = self.recipe, self.task.metric, self.current_epoch
         weights = weight_statistics(self.model)
         steps = self.steps_per_epoch
+        seen = (float(self._loss), float(self._score), float(self._aux or 0), self._batches, self._images)
+        loss, score, aux, batches, images = self._ranks.sum(*seen)
+        self._equalize()
         row: dict[str, Any] = {
             "epoch": epoch + 1,
             "step": self.global_step,
             "lr": recipe.train.lr * lr_factor(recipe, steps, self.global_step - 1),
-            "train_loss": float(self._loss) / steps,
-            f"train_{metric}": float(self._score) / max(self._images, 1),
-            "aux_loss": None if self._aux is None else float(self._aux) / steps,
+            "train_loss": loss / batches,
+            f"train_{metric}": score / images,
+            "aux_loss": None if self._aux is None else aux / batches,
             "gap": weights.gap,
             "temperature": weights.temperature,
             "noisy_gradient_ratio": self._ratio,
             **self.flips.update(),
-            "images_per_second": self._images / seconds,
+            "images_per_second": images / seconds,
             "seconds": seconds,
         }
         if not math.isfinite(row["train_loss"]):
             raise RunError(f"epoch {epoch + 1}: the training loss is {row['train_loss']}; try a lower train.lr")
         last = epoch + 1 == recipe.train.epochs
         if not recipe.train.final and (last or (epoch + 1) % recipe.train.validate_every == 0):
-            calibrate(self.model, recipe, self._calibration)
             found = self._evaluate()
             row["val_loss"], row[f"val_{metric}"] = found["loss"], found[metric]
             if not self.best or found[metric] > self.best[metric]:
                 self.best = {"epoch": epoch + 1, **found}
-                write_checkpoint(
-                    self.run_dir / "checkpoints" / "best.ckpt",
-                    network_checkpoint(self.model, recipe, epoch + 1, self._data),
-                )
+                if self._ranks.main:
+                    write_checkpoint(
+                        self.run_dir / "checkpoints" / "best.ckpt",
+                        network_checkpoint(self.model, recipe, epoch + 1, self._data),
+                    )
         self.rows.append(row)
-        write_metrics(self.run_dir / "metrics.csv", self.rows, metric)
-        self.after_epoch()
+        if self._ranks.main:
+            write_metrics(self.run_dir / "metrics.csv", self.rows, metric)
+            self.after_epoch()
         shown = {k: v for k, v in row.items() if v is not None and k not in ("epoch", "step")}
         if self.logger is not None:
             self.logger.log_metrics(shown, step=epoch + 1)
@@ -223,13 +242,32 @@ class TrainingModule(L.LightningModule):
             row["images_per_second"],
         )
 
+    def _equalize(self) -> None:
+        """The same bits everywhere: running statistics become their mean, and nothing else may differ."""
+        if self._ranks.world_size == 1:
+            return
+        self._ranks.average(self.model.buffers())
+        if names := self._ranks.differing(self.model):
+            raise RunError(
+                f"epoch {self.current_epoch + 1}: the processes' networks have come apart in {', '.join(names[:3])}: a "
+                "quantizer or model changes its parameters by itself, or the machines compute differently"
+            )
+
     def _evaluate(self) -> Mapping[str, Any]:
+        """Calibrate and evaluate: on rank 0, the others wait and get the result and the statistics."""
         t = self.recipe.train
-        self.model.eval()
-        try:
-            return self.task.evaluate(self.model, self._data.evaluation("val", t.eval_batch_size, workers=t.workers))
-        finally:
-            self.model.train()
+        found: Mapping[str, Any] = {}
+        if self._ranks.main:
+            calibrate(self.model, self.recipe, self._calibration)
+            self.model.eval()
+            try:
+                images = self._data.evaluation("val", t.eval_batch_size, workers=t.workers)
+                found = self.task.evaluate(self.model, images)
+            finally:
+                self.model.train()
+        found = self._ranks.broadcast(found)
+        self._ranks.copy(self.model.buffers())
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["lowbit"] = {"flips": self.flips.state_dict(), "rows": self.rows, "best": self.best}

@@ -23,15 +23,17 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lowbit.train.data import DATASETS, Augment, DataError, DataSource, TrainingBatches
 from lowbit.train.data.images import Part
-from lowbit.train.distill import load_distillation
+from lowbit.train.distill import Distillation, load_distillation
+from lowbit.train.distributed import Ranks, check_equal_recipes, check_launch, join
 from lowbit.train.freeze import FreezeError, freeze
 from lowbit.train.module import TrainingModule, calibrate, network_checkpoint
 from lowbit.train.network import build_network, load_run
-from lowbit.train.prepare import mapping_parameters
+from lowbit.train.prepare import auxiliary_loss, mapping_parameters
 from lowbit.train.recipe import Recipe, RecipeError, differing_keys, load_recipe
 from lowbit.train.rundir import (
     FORMAT,
@@ -166,6 +168,7 @@ def _quiet_lightning() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"lightning\..*")
+        warnings.filterwarnings("ignore", message=r"Grad strides do not match bucket view strides")
         warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
@@ -219,6 +222,15 @@ def _claim(run_dir: Path, lock: RunLock, recipe: Recipe, resume: bool, overwrite
     return None
 
 
+def _check_processes(run_dir: Path, before: Mapping[str, Any] | None, ranks: Ranks) -> None:
+    count = ranks.world_size if before is None else before.get("processes", 1)
+    if count != ranks.world_size:
+        raise RunError(
+            f"{run_dir}: was started with {count} processes, now there are {ranks.world_size}: a step would see other images; "
+            f"resume with {count}"
+        )
+
+
 def train(
     recipe: Recipe,
     run_dir: str | Path,
@@ -238,10 +250,13 @@ def train(
     The run directory holds ``recipe.yaml``, ``run.json``, ``metrics.csv``, ``tensorboard/`` and ``checkpoints/`` with
     ``last.ckpt`` (for a resume), ``best.ckpt`` (not with ``train.final``) and ``final.ckpt``. Keys of ``run.json``:
     ``format, name, status ("running" | "finished" | "failed"), error, seed, started, finished, wall_seconds, resumed,
-    versions, machine, input, task, metric, parameters, epochs, epochs_done, broken_images, warnings, results``.
+    versions, machine, processes, input, task, metric, parameters, epochs, epochs_done, broken_images, warnings, results``.
     ``broken_images`` are the names of those that were passed over (``data.broken: skip``).
     ``results`` is null until the end, then ``selected_epoch, gap, temperature, flips_start, train_seconds,
     images_per_second, validation, test``; the last two are null or ``{accuracy, loss, images, confusion}``.
+
+    Where torchrun started several processes (docs/DISTRIBUTED.md) all of them call this with the same recipe and get the same
+    result; rank 0 writes. ``processes`` of ``run.json`` says how many they were.
 
     Args:
         recipe: what to train.
@@ -257,34 +272,49 @@ def train(
         broken. RunError: the directory can't be used, or the loss is not finite. Up to there nothing was written.
     """
     run_dir = Path(run_dir)
+    check_launch(recipe)
+    ranks = join(_device(recipe))
+    check_equal_recipes(recipe, ranks)
     with RunLock(run_dir) as lock:
-        return _train(recipe, run_dir, lock, resume, overwrite, test, progress, callbacks)
+        return _train(recipe, run_dir, ranks, lock, resume, overwrite, test, progress, callbacks)
 
 
-def _train(
-    recipe: Recipe,
-    run_dir: Path,
-    lock: RunLock,
-    resume: bool,
-    overwrite: bool,
-    test: bool,
-    progress: bool | None,
-    callbacks: Sequence[Callback],
-) -> RunResult:
-    before = _claim(run_dir, lock, recipe, resume, overwrite)
-    device = _device(recipe)
+@dataclass(frozen=True)
+class _Parts:
+    """What training needs, built from a recipe."""
+
+    data: DataSource
+    spec: InputSpec
+    model: nn.Module
+    teacher: Distillation | None
+    batches: TrainingBatches
+    calibration: Iterable[Tensor]
+    task: Task
+    notes: list[str]
+
+
+def _build(recipe: Recipe, ranks: Ranks, before: Mapping[str, Any] | None, resumed: Path | None) -> _Parts:
+    """Everything of a recipe that can be wrong before training."""
+    t = recipe.train
     data = load_data(recipe)
     spec = InputSpec.of(data)
-    last = run_dir / "checkpoints" / "last.ckpt"
-    resumed = last if resume and last.is_file() else None
     model = build_network(recipe, spec) if resumed else _starting_network(recipe, spec)
-    teacher = None if recipe.train.distill is None else load_distillation(recipe.train.distill, spec)
-    notes = [] if before else _try_out(model, recipe, spec)
-    t = recipe.train
+    teacher = None if t.distill is None else load_distillation(t.distill, spec)
+    notes = _try_out(model, recipe, spec) if before is None and ranks.main else []
     augment = Augment(**recipe.data.augment.model_dump())
     part: Literal["train", "full"] = "full" if t.final else "train"
     try:
-        batches = data.batches(t.batch_size, part=part, seed=recipe.seed, augment=augment, workers=t.workers)
+        batches = data.batches(
+            t.batch_size,
+            part=part,
+            seed=recipe.seed,
+            augment=augment,
+            workers=t.workers,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        if len(batches) < t.accumulate:
+            raise ValueError(f"accumulate = {t.accumulate}, but an epoch has {len(batches)} batches")
     except DataError:
         raise
     except ValueError as error:
@@ -292,7 +322,34 @@ def _train(
     calibration = data.calibration(
         t.calibration_images or max(data.count("val"), t.eval_batch_size), t.eval_batch_size, workers=t.workers
     )
-    task = _task(recipe, spec)
+    return _Parts(data, spec, model, teacher, batches, calibration, _task(recipe, spec), notes)
+
+
+def _train(
+    recipe: Recipe,
+    run_dir: Path,
+    ranks: Ranks,
+    lock: RunLock,
+    resume: bool,
+    overwrite: bool,
+    test: bool,
+    progress: bool | None,
+    callbacks: Sequence[Callback],
+) -> RunResult:
+    device, t = _device(recipe), recipe.train
+    before: dict[str, Any] | None = None
+    with ranks.together():
+        if ranks.main:
+            before = _claim(run_dir, lock, recipe, resume, overwrite)
+            _check_processes(run_dir, before, ranks)
+    before = ranks.broadcast(before)
+    last = run_dir / "checkpoints" / "last.ckpt"
+    resumed = ranks.broadcast(last if resume and last.is_file() else None)
+    with ranks.together():
+        if resumed and not resumed.is_file():
+            raise RunError(f"{resumed}: is not there on every machine; the run directory must lie where all see it")
+        parts = _build(recipe, ranks, before, resumed)
+    data, spec, model, task, notes = parts.data, parts.spec, parts.model, parts.task, parts.notes
 
     run: dict[str, Any] = before or {
         "format": FORMAT,
@@ -306,10 +363,12 @@ def _train(
         "resumed": 0,
         "versions": versions(),
         "machine": machine(device),
+        "processes": ranks.world_size,
         "input": spec.to_json(),
         "task": recipe.task,
         "metric": task.metric,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        # of the network that is kept
+        "parameters": sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in mapping_parameters(model)),
         "epochs": t.epochs,
         "epochs_done": 0,
         "broken_images": [],
@@ -318,20 +377,26 @@ def _train(
     }
     if before:
         run |= {"status": "running", "error": None, "finished": None, "resumed": before["resumed"] + 1}
-    new = not run_dir.exists()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock.take()
-        if before is None:
-            _claim(run_dir, lock, recipe, resume, overwrite)  # nobody was quicker
-            empty(run_dir)
-        (run_dir / "checkpoints").mkdir(exist_ok=True)
-        write_text(run_dir / "recipe.yaml", recipe.to_yaml())
-        write_json(run_dir / "run.json", run)
-    except OSError:
-        if new:  # a full or read-only disk: no half of a run stays behind
-            shutil.rmtree(run_dir, ignore_errors=True)
-        raise
+
+    def begin() -> None:
+        new = not run_dir.exists()
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock.take()
+            if before is None:
+                _claim(run_dir, lock, recipe, resume, overwrite)  # nobody was quicker
+                empty(run_dir)
+            (run_dir / "checkpoints").mkdir(exist_ok=True)
+            write_text(run_dir / "recipe.yaml", recipe.to_yaml())
+            write_json(run_dir / "run.json", run)
+        except OSError:
+            if new:  # a full or read-only disk: no half of a run stays behind
+                shutil.rmtree(run_dir, ignore_errors=True)
+            raise
+
+    with ranks.together():
+        if ranks.main:
+            begin()
     for warning in notes:
         _log.warning(warning)
     already, clock = float(run["wall_seconds"]), time.perf_counter()
@@ -348,15 +413,24 @@ def _train(
         write_json(run_dir / "run.json", run)
 
     try:
-        module = TrainingModule(model, recipe, task, data, calibration, run_dir, teacher)
+        module = TrainingModule(model, recipe, task, data, parts.calibration, run_dir, parts.teacher, ranks)
         module.after_epoch = lambda: note("running")  # so that a run that is killed tells how far it came
-        _fit(module, batches, device, progress, callbacks, resumed)
-        run["results"] = _finish(module, data, calibration, test, run["warnings"])
-        note("finished")
-    except BaseException as error:
+        _fit(module, parts.batches, spec, ranks, device, progress, callbacks, resumed)
+        with ranks.together():
+            if ranks.main:
+                run["results"] = _finish(module, data, parts.calibration, test, run["warnings"])
+                note("finished")
+        run = ranks.broadcast(run)
+        ranks.copy((*model.parameters(), *model.buffers()))
+        model.eval()
+    except BaseException as broken:
+        error = ranks.failure(broken)
         stopped = isinstance(error, KeyboardInterrupt)
-        with suppress(OSError):  # a full disk can't be told about itself; the first error is the one to see
-            note("failed", "interrupted" if stopped else f"{type(error).__name__}: {error}")
+        if ranks.main:
+            with suppress(OSError):  # a full disk can't be told about itself; the first error is the one to see
+                note("failed", "interrupted" if stopped else f"{type(error).__name__}: {error}")
+        if error is not broken:
+            raise error from broken
         raise
     return RunResult(run_dir, model, json.loads(json.dumps(run)))
 
@@ -385,16 +459,37 @@ class _WholeCheckpoints(TorchCheckpointIO):
         write_checkpoint(Path(path), checkpoint)
 
 
+def _leaves_parameters_out(model: nn.Module, spec: InputSpec) -> bool:
+    """Whether some parameter gets no gradient in a step: DDP must look for those, which costs it time."""
+    trial = copy.deepcopy(model).train()
+    with torch.random.fork_rng(devices=[]):
+        outputs = trial(torch.zeros(2, spec.channels, spec.height, spec.width, dtype=torch.uint8))
+    (outputs.float().sum() + auxiliary_loss(trial)).backward()
+    return any(p.requires_grad and p.grad is None for p in trial.parameters())
+
+
+def _strategy(model: nn.Module, spec: InputSpec, ranks: Ranks, device: str) -> str | DDPStrategy:
+    if ranks.world_size == 1:
+        return "auto"
+    return DDPStrategy(
+        process_group_backend="nccl" if device == "cuda" else "gloo",
+        find_unused_parameters=_leaves_parameters_out(model, spec),
+        broadcast_buffers=False,  # every process has statistics of its own until the epoch ends, see TrainingModule
+    )
+
+
 def _fit(
     module: TrainingModule,
     batches: TrainingBatches,
+    spec: InputSpec,
+    ranks: Ranks,
     device: str,
     progress: bool | None,
     callbacks: Sequence[Callback],
     checkpoint: Path | None,
 ) -> None:
     t, run_dir = module.recipe.train, module.run_dir
-    module.steps_per_epoch = len(batches)
+    module.steps_per_epoch = len(batches) // t.accumulate
     if t.channels_last:
         for parameter in module.model.parameters():
             if parameter.ndim == 4:
@@ -409,18 +504,23 @@ def _fit(
             enable_version_counter=False,
         )
     ]
-    if bar:
+    if bar and ranks.main:
         extra.append(TQDMProgressBar(refresh_rate=20))
     with _quiet_lightning(), _interruptible():
         trainer = L.Trainer(
             accelerator="gpu" if device == "cuda" else "cpu",
-            devices=1,
+            devices=ranks.local_world_size,
+            num_nodes=ranks.world_size // ranks.local_world_size,
+            strategy=_strategy(module.model, spec, ranks, device),
+            use_distributed_sampler=False,  # the batches know their rank
+            accumulate_grad_batches=t.accumulate,
+            limit_train_batches=module.steps_per_epoch * t.accumulate,  # no step of fewer
             precision="bf16-mixed" if t.precision == "bf16" else "32-true",
             max_epochs=t.epochs,
             gradient_clip_val=t.grad_clip,
             logger=TensorBoardLogger(run_dir / "tensorboard", name="", version=""),
             callbacks=[*callbacks, *extra],
-            enable_progress_bar=bar,
+            enable_progress_bar=bar and ranks.main,
             enable_model_summary=False,
             log_every_n_steps=max(len(batches), 1),
             num_sanity_val_steps=0,

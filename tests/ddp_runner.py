@@ -1,0 +1,116 @@
+"""What one of two processes does for test_distributed.py, which starts them with torchrun: ddp_runner.py SCENARIO FOLDER.
+
+Results lie in FOLDER/SCENARIO-RANK.pt.
+"""
+
+# ruff: noqa: ARG002
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lowbit.train.data import DataError
+from lowbit.train.distributed import RankError
+from lowbit.train.recipe import Recipe
+from lowbit.train.rundir import RunError
+from lowbit.train.trainer import train
+from test_trainer import Stop, recipe  # registers the data set, too
+
+METHODS = ("sign", "slb", "lns")
+STEPS = 10
+
+
+class Recorder(Callback):
+    """Losses of every forward pass, and the gradients of the first step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if not self.gradients:
+            self.gradients = {n: p.grad.clone() for n, p in module.model.named_parameters() if p.grad is not None}
+
+
+def equal_recipe(method: str, start: Path, **changes: Any) -> Recipe:
+    """Float edges: the 8-bit ones measure the range of their inputs, batch after batch, each process its own."""
+    more = {"train__start_from": str(start)} if method == "lns" else {}
+    return recipe(
+        quantize__method=method, quantize__edges="float", train__epochs=2, train__batch_size=18, **more, **changes
+    )
+
+
+def recorded(made: Recipe, run_dir: Path, **options: Any) -> dict[str, Any]:
+    recorder = Recorder()
+    result = train(made, run_dir, callbacks=[recorder], **options)
+    return {
+        "losses": recorder.losses,
+        "gradients": recorder.gradients,
+        "state": result.model.state_dict(),
+        "run": result.run,
+    }
+
+
+def same(folder: Path) -> dict[str, Any]:
+    """Train, each method; and once more, interrupted and resumed."""
+    found: dict[str, Any] = {m: recorded(equal_recipe(m, folder / "one-sign"), folder / f"two-{m}") for m in METHODS}
+    made = recipe(train__epochs=2)  # with 8-bit edges
+    found["whole"] = recorded(made, folder / "two-whole")
+    try:
+        train(made, folder / "two-cut", callbacks=[Stop(1, ValueError("power cut"))])
+    except (ValueError, RankError) as error:  # whichever process is first
+        assert "power cut" in str(error)  # noqa: PT017
+    found["resumed"] = recorded(made, folder / "two-cut", resume=True)
+    for changes in ({"quantize__state_batchnorm": True}, {"quantize__method": "lsq", "quantize__weight_bits": 2}):
+        found[str(changes)] = recorded(recipe(train__epochs=1, **changes), folder / f"two-{len(found)}")
+    return found
+
+
+def errors(folder: Path) -> dict[str, Any]:
+    """Four starts that all processes refuse, then one process that breaks in the middle of an epoch."""
+    rank = int(os.environ["RANK"])
+
+    def refusal(made: Recipe, **options: Any) -> tuple[str, str, bool]:
+        try:
+            train(made, folder / "refused", **options)
+        except Exception as error:
+            return type(error).__name__, str(error), getattr(error, "told", False)
+        return "nothing", "", False
+
+    found = {
+        "recipes": refusal(recipe(train__lr=0.1 * (rank + 1), model__width=4 + rank)),
+        "resume": refusal(recipe(), resume=True),
+        "devices": refusal(recipe(train__devices=3)),
+    }
+    if rank == 1:
+        import lowbit.train.trainer as trainer
+
+        def broken(_: Recipe) -> None:
+            raise DataError("images.bin: is cut short")
+
+        load, trainer.load_data = trainer.load_data, broken
+    found["data"] = refusal(recipe())
+    if rank == 1:
+        trainer.load_data = load
+    assert not (folder / "refused").exists()
+    torch.save(found, folder / f"errors-{rank}.pt")
+    stop = [Stop(1, RunError("images.bin: gone"))] if rank == 1 else []
+    try:
+        train(recipe(), folder / "broken", callbacks=stop)
+    except RunError as error:
+        found["epoch"] = type(error).__name__, str(error), isinstance(error, RankError)
+    torch.save(found, folder / f"errors-{rank}.pt")
+    raise SystemExit(3)
+
+
+if __name__ == "__main__":
+    scenario, where = {"same": same, "errors": errors}[sys.argv[1]], Path(sys.argv[2])
+    torch.save(scenario(where), where / f"{sys.argv[1]}-{os.environ['RANK']}.pt")
