@@ -377,8 +377,7 @@ class Planner {
     s.writes.push_back(id);
     s.info.bytes = b.image_bytes();
     const Buffer& from = plan_.buffers[size_t(s.sources[0])];
-    s.tile_pixels = int(from.shape.width);  // the sums of a row's columns
-    s.tile_step = n.groups;
+    s.depth = int64_t(n.kernel[0] - 1) * n.geometry.dilation[0] + 1;
     s.nanoseconds = 0.2 * double(from.image_bytes() + b.image_bytes());
     plan_.scratch = std::max(plan_.scratch, Scratch(s));
     plan_.steps.push_back(std::move(s));
@@ -510,6 +509,10 @@ class Planner {
   static int64_t PatchStep(const PlanStep& s) { return s.depth * (s.integer ? 2 : 1); }
 
   int64_t Scratch(const PlanStep& s) const {
+    if (s.producer == Producer::kCodeSums) {
+      const int64_t row = type(node(s.node).inputs[0]).shape.width, pixels = (s.depth + 1) * row + s.shape.width;
+      return s.depth * int64_t{sizeof(int64_t)} + pixels * node(s.node).groups * 4 + kSlack;
+    }
     int64_t bytes = RoundUp(s.tile_pixels * s.tile_step * 4, 64) + kSlack;
     if (s.producer == Producer::kGemm) {
       bytes += RoundUp(s.tile_pixels * PatchStep(s) * (s.integer ? 2 : 4), 64) + kSlack;

@@ -84,7 +84,7 @@ struct PlanStep {
   bool integer = false;
   bool direct = false;  // 1 x 1: the source itself is the matrix
   int64_t blocks = 0;   // of 16 output channels (of one group, for grouped gemm)
-  int64_t depth = 0;
+  int64_t depth = 0;    // pairs, numbers or words of a filter; of sums of codes: input rows that a window reaches over
   int64_t w_block = 0;
   int tile_pixels = 0;
   int64_t tile_step = 0;  // elements from pixel to pixel of the tile

@@ -43,6 +43,7 @@ class RowRunner {
       return;
     }
     const int64_t height = s_.shape.height;
+    if (s_.producer == Producer::kCodeSums) std::fill_n(summed_rows(), s_.depth, int64_t{-1});
     if (s_.producer == Producer::kBitConv) {  // one image at a time: groups of filters outside, rows inside
       while (first < last) {
         const int64_t image = first / height, y0 = first % height, y1 = std::min(height, y0 + last - first);
@@ -269,29 +270,58 @@ class RowRunner {
     return {first, std::max(first, last)};
   }
 
-  // Sums over channels and the valid kernel rows first, then over the valid kernel columns.
+  // Scratch of a kCodeSums step: which input rows are summed over their channels (as image * height + row, -1: none),
+  // the sums of these `depth` rows, of the columns under one output row and of the windows.
+  int64_t* summed_rows() const { return reinterpret_cast<int64_t*>(scratch_); }
+
+  // The sums over the channels of one input row. As many rows are kept as a window reaches over.
+  const int32_t* ChannelSums(int64_t image, int64_t row) const {
+    const Buffer& b = buffer(s_.sources[0]);
+    const int64_t id = image * b.shape.height + row, slot = row % s_.depth;
+    int32_t* const sums = reinterpret_cast<int32_t*>(summed_rows() + s_.depth) + slot * b.shape.width * n_.groups;
+    if (summed_rows()[slot] != id) {
+      summed_rows()[slot] = id;
+      k_.code_sums({At(s_.sources[0], image, row, 0), b.rep, b.pixel, int(b.shape.width), n_.groups,
+                    int(b.shape.channels / n_.groups), sums});
+    }
+    return sums;
+  }
+
   void CodeSumsRow(int64_t image, int64_t y) const {
     const Buffer& b = buffer(s_.sources[0]);
     const Buffer& to = buffer(s_.writes[0]);
     const Geometry& g = n_.geometry;
-    const int64_t groups = n_.groups, filters = to.shape.channels / groups;
-    int32_t* const column = reinterpret_cast<int32_t*>(scratch_);
-    std::memset(column, 0, size_t(b.shape.width * groups) * 4);
+    const int64_t groups = n_.groups, filters = to.shape.channels / groups, row = b.shape.width * groups;
+    int32_t* const column = reinterpret_cast<int32_t*>(summed_rows() + s_.depth) + s_.depth * row;
+    int32_t* const total = column + row;
+    std::memset(column, 0, size_t(row + to.shape.width * groups) * 4);
     const int64_t top = y * g.stride[0] - g.padding[0];
     const auto [r0, r1] = Inside(top, n_.kernel[0], g.dilation[0], b.shape.height);
     for (int64_t r = r0; r < r1; ++r) {
-      k_.code_sums({At(s_.sources[0], image, top + r * g.dilation[0], 0), b.rep, b.pixel, int(b.shape.width),
-                    int(groups), int(b.shape.channels / groups), column});
+      const int32_t* const sums = ChannelSums(image, top + r * g.dilation[0]);
+      for (int64_t i = 0; i < row; ++i) column[i] += sums[i];
+    }
+    const int64_t stride = g.stride[1];
+    for (int64_t c = 0; c < n_.kernel[1]; ++c) {
+      // The output columns x where this tap is inside: 0 <= x stride + at < width.
+      const int64_t at = c * g.dilation[1] - g.padding[1];
+      const int64_t first = std::max<int64_t>(0, (-at + stride - 1) / stride);
+      const int64_t last = at >= b.shape.width ? 0 : std::min(to.shape.width, (b.shape.width - 1 - at) / stride + 1);
+      if (stride == 1) {
+        for (int64_t i = first * groups; i < last * groups; ++i) total[i] += column[i + at * groups];
+        continue;
+      }
+      for (int64_t x = first; x < last; ++x) {
+        for (int64_t i = 0; i < groups; ++i) total[x * groups + i] += column[(x * stride + at) * groups + i];
+      }
     }
     float* out = reinterpret_cast<float*>(At(s_.writes[0], image, y, 0));
+    if (groups == 1) {
+      std::copy_n(total, to.shape.width, out);
+      return;
+    }
     for (int64_t x = 0; x < to.shape.width; ++x, out += to.pixel) {
-      const int64_t left = x * g.stride[1] - g.padding[1];
-      const auto [c0, c1] = Inside(left, n_.kernel[1], g.dilation[1], b.shape.width);
-      for (int64_t group = 0; group < groups; ++group) {
-        int32_t sum = 0;
-        for (int64_t c = c0; c < c1; ++c) sum += column[(left + c * g.dilation[1]) * groups + group];
-        std::fill_n(out + group * filters, filters, float(sum));
-      }
+      for (int64_t i = 0; i < groups; ++i) std::fill_n(out + i * filters, filters, float(total[x * groups + i]));
     }
   }
 

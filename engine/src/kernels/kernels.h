@@ -97,11 +97,11 @@ struct Window {
   void* out;  // int32 or float32, blocks * 16
 };
 
-// --- the sums of codes: sum[pixel][group] += the codes of the group's channels, for `pixels` pixels of one row ---
+// --- the sums of codes: sum[pixel][group] = the codes of the group's channels, for `pixels` pixels of one row ---
 // kBits: a group owns whole words, unless it is the only one.
 struct CodeSums {
-  const void* src;  // channel 0 of the first pixel
-  Rep rep;          // kBits, kS16
+  const void* src;       // channel 0 of the first pixel
+  Rep rep;               // kBits, kS16
   ptrdiff_t pixel_step;  // elements (words for bits)
   int pixels, groups;
   int channels;  // of one group
