@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
-from lowbit.train.data import DATASETS, Augment, DataError
+from lowbit.train.data import DATASETS, Augment, DataError, bench
 from lowbit.train.data.decode import BrokenImageError, Geometry, decode, random_box
 from lowbit.train.data.imagenet import imagenet_folder, imagenet_shards, read_folder
 from lowbit.train.data.shards import Shard, ShardRecords, main, open_index, write_shards
@@ -26,7 +26,7 @@ from lowbit.train.data.streaming import Encoded, Records, StreamingData, default
 from lowbit.train.evaluation import evaluate_file, evaluate_run
 from lowbit.train.export import export_run
 from lowbit.train.recipe import RecipeError, parse_recipe
-from lowbit.train.rundir import read_metrics, read_run
+from lowbit.train.rundir import InputSpec, read_metrics, read_run
 from lowbit.train.trainer import train
 
 PER_CLASS, TESTS = 20, 5
@@ -829,6 +829,31 @@ def test_recipes_check_the_cut(tree):
     with pytest.raises(RecipeError, match=r"data\.broken"):
         recipe("imagenet_folder", tree, data__broken="ignore")
     assert recipe("imagenet_folder", tree).data.augment.resized_crop == (0.3, 1.0)
+
+
+def test_the_benchmark(tmp_path, monkeypatch, capsys):
+    def rate(model: str, spec, batch_size: int, seconds: float) -> bench.Rate:  # noqa: ARG001
+        return bench.Rate(model, None, 10**9 if spec.height == 32 else 1, 1.0, 1.0)
+
+    monkeypatch.setattr(bench, "training_rate", rate)
+    path = tmp_path / "bench.json"
+    assert bench.main(["--generate", "9", "--batch", "2", "--workers", "0", "1", "--json", str(path)]) == 0
+    told, found = capsys.readouterr().out, json.loads(path.read_text())
+    readers = [(r["what"], r["workers"], r["images"]) for r in found["readers"]]
+    assert readers[:2] == [("image folder, 224x224", 0, 8), ("image folder, 224x224", 1, 8)]
+    assert readers[2:4] == [("shards, 224x224", 0, 8), ("shards, 224x224", 1, 8)]
+    assert all(v in told for v in found["verdicts"])
+    assert ["not the bottleneck" in v for v in found["verdicts"]] == [True, True, False]
+    assert "IS the bottleneck" in found["verdicts"][2]
+    assert bench.main(["--root", str(tmp_path / "gone")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_a_training_rate():
+    spec = InputSpec(3, 16, 16, (1, 2, 3), 1 / 50, tuple("abc"))
+    found = bench.training_rate("bireal_resnet14", spec, 2, 0.0)
+    assert found.images == 2
+    assert found.what == "bireal_resnet14, 16x16, " + ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_both_are_registered():
