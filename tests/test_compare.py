@@ -360,18 +360,10 @@ def test_each_cell_once(tmp_path: Path, places: Places) -> None:
         tree = found[cell.key]
         assert tree["results"]["test"] == {"accuracy": accuracy(cell.recipe), "loss": 1.0, "images": 10}
         assert (tree["hash"], tree["seed"], tree["label"]) == (cell.hash, cell.recipe.seed, cell.label)
-        assert (
-            tree["code"]["lowbit"]
-        )
-        assert (
-            tree["machine"]["processor"] == "some CPU"
-        )
-        assert (
-            tree["date"]
-        )
-        assert (
-            tree["seconds"] == 90
-        )
+        assert tree["code"]["lowbit"]
+        assert tree["machine"]["processor"] == "some CPU"
+        assert tree["date"]
+        assert tree["seconds"] == 90
         assert tree["curve"]["val_accuracy"] == [0.5, 0.5]
         assert tree["curve"]["val_accuracy_epochs"] == [1, 2]
         assert str(tmp_path) not in places.result(cell).read_text()
@@ -848,13 +840,12 @@ def test_validation_is_shown_where_no_test_was_made(tmp_path: Path, places: Plac
 
 
 def test_check_one(tmp_path: Path, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "code_version", lambda: {"lowbit": "1", "commit": "c", "dirty": False})
+    monkeypatch.setattr(compare, "code_version", lambda: {"lowbit": "1", "source": "s", "commit": "c", "dirty": False})
     table = load(tmp_path, PAIR)
     with pytest.raises(RunError, match="no cell has a result"):
         compare.draw(table.cells(), {}, 0)
     executor = MadeUp()
     steps = cells.plan(table.cells(), places)
-    monkeypatch.setattr(compare._Runner.__dataclass_fields__["code"], "default_factory", compare.code_version)
     compare._Runner("pair", places, executor, True, False, lambda e: None, code=compare.code_version()).run(steps)
     found = cells.read_results(table.cells(), places)
     drawn = {compare.draw(table.cells(), found, seed).key for seed in range(40)}
@@ -892,7 +883,7 @@ def test_check_one(tmp_path: Path, places: Places, monkeypatch: pytest.MonkeyPat
 
 
 def _same_code(runner: Any) -> Any:
-    return lambda *a: runner(*a, code={"lowbit": "1", "commit": "c", "dirty": False})
+    return lambda *a: runner(*a, code={"lowbit": "1", "source": "s", "commit": "c", "dirty": False})
 
 
 def test_check_one_of_cells_that_start_from_others(tmp_path: Path, places: Places) -> None:

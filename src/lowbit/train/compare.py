@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -37,8 +38,9 @@ POLL_SECONDS: Final = 0.5
 
 
 def code_version() -> dict[str, Any]:
-    """``{lowbit, commit, dirty}``: the package's version, and where its files are tracked by git HEAD and whether they
-    differ from it; None, None elsewhere."""
+    """``{lowbit, source, commit, dirty}``: the package's version, SHA-256 of the Python files that train, and where git
+    tracks them HEAD and whether the package differs from it (None, None elsewhere).
+    """
     home = Path(lowbit.__file__).parent
 
     def git(*arguments: str) -> str | None:
@@ -48,7 +50,15 @@ def code_version() -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
-    version: dict[str, Any] = {"lowbit": lowbit.__version__, "commit": None, "dirty": None}
+    digest = hashlib.sha256()
+    for path in sorted((home / "train").rglob("*.py")):
+        digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    version: dict[str, Any] = {
+        "lowbit": lowbit.__version__,
+        "source": digest.hexdigest(),
+        "commit": None,
+        "dirty": None,
+    }
     if git("ls-files", "--error-unmatch", "__init__.py"):
         version["commit"] = git("rev-parse", "HEAD")
         version["dirty"] = bool(git("status", "--porcelain", "--", "."))
@@ -423,16 +433,14 @@ def check_one(
 
 def _other_conditions(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     names = [f"machine.{k}" for k in ("architecture", "processor", "device", "gpu", "threads")]
-    names += [f"versions.{k}" for k in ("torch", "numpy", "lightning")] + ["code.commit"]
+    names += [f"versions.{k}" for k in ("torch", "numpy", "lightning")] + ["code.source"]
     found = []
     for name in names:
         part, key = name.split(".")
         if one[part].get(key) != other[part].get(key):
-            found.append(key)
+            found.append({"source": "code"}.get(key, key))
     if one["machine"]["device"] != "cpu" and "device" not in found:
         found.append("order of sums on a GPU")
-    if one["code"]["dirty"] or other["code"]["dirty"]:
-        found.append("uncommitted code")
     return found
 
 
