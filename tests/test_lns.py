@@ -340,7 +340,7 @@ def test_what_lns_starts_from(runs, tmp_path):
     for start, why in (
         (None, "starts from nothing"),
         (runs / "float", "is a float layer"),
-        (runs / "slb", "of SLB with 1 bits, are not the signs"),
+        (runs / "slb", "is SLB with 1 bit: its codes are not the signs"),
     ):
         with pytest.raises(RecipeError, match=f"{way_out} .*{why}"):
             train(lns_recipe(start), tmp_path / "run")
@@ -452,7 +452,7 @@ def test_what_the_other_methods_start_from(runs):
     slb, plain = _state(runs / "slb"), _state(runs / "sign")
     _same(started(recipe(train__start_from=str(runs / "slb"))), slb)
     two_bits = recipe(train__start_from=str(runs / "slb"), quantize__weight_bits=2)
-    with pytest.raises(RecipeError, match="logits of SLB with 1 bits, and only the same method with the same bits"):
+    with pytest.raises(RecipeError, match="logits of SLB with 1 bit, and only the same method with the same bits"):
         started(two_bits)
     found = started(recipe(train__start_from=str(runs / "sign"), quantize__method="dorefa"))
     assert {key for key in found if key in plain} >= {key for key in plain if not key.endswith("num_batches_tracked")}

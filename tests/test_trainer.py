@@ -317,7 +317,7 @@ def test_float_then_fine_tuned(tmp_path):
     tuned = recipe(train__start_from=str(tmp_path / "float"), train__epochs=1)
     train(tuned, tmp_path / "tuned")
     other = recipe(train__start_from=str(tmp_path / "tuned"), train__epochs=1, quantize__method="sign")
-    with pytest.raises(RecipeError, match="are logits of SLB with 1 bits"):
+    with pytest.raises(RecipeError, match="are logits of SLB with 1 bit"):
         train(other, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

@@ -80,7 +80,8 @@ class Start:
 
 
 def _title(layer: QuantLayer) -> str:
-    return f"{type(layer.weight_quantizer).__name__} with {layer.weight_quantizer.bits} bits"
+    bits = layer.weight_quantizer.bits
+    return f"{type(layer.weight_quantizer).__name__} with {bits} bit{'s'[: bits > 1]}"
 
 
 def _alike(one: nn.Module | None, other: nn.Module | None) -> bool:
@@ -119,7 +120,7 @@ def check_start(model: nn.Module, start: Start | None) -> None:
         elif _alike(quantizer, source.weight_quantizer):
             continue
         elif not source.weight_quantizer.real_latent or not _is_sign(source):
-            problem = f"the weights of {name} of {start.place}, of {_title(source)}, are not the signs of real weights"
+            problem = f"{name} of {start.place} is {_title(source)}: its codes are not the signs of real latent weights"
         else:
             continue
         raise ValueError(
