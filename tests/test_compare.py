@@ -25,7 +25,7 @@ from lowbit import cli
 from lowbit.train import aggregate, cells, compare
 from lowbit.train.cells import Action, Places
 from lowbit.train.recipe import RecipeError, load_recipe, parse_recipe
-from lowbit.train.rundir import RunError, write_json, write_metrics
+from lowbit.train.rundir import RunError, read_metrics, write_json, write_metrics
 from lowbit.train.statistics import paired, summary, t_cdf, t_quantile
 from lowbit.train.table import Cell, Table, TableError, hash_recipe, load_table, stored_recipe
 from lowbit.train.trainer import train
@@ -449,10 +449,11 @@ def test_a_worker_killed_before_its_first_word(tmp_path: Path, places: Places) -
     assert (places.run_dir(failures[0].cell) / "notes.txt").read_text() == "mine"
 
 
-def test_an_interrupt_stops_the_workers(tmp_path: Path, places: Places) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_stops_the_workers(number: signal.Signals, tmp_path: Path, places: Places) -> None:
     def interrupt(event: compare.Event) -> None:
         if event.kind == "finish":
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
 
     table, executor = load(tmp_path, PAIR), MadeUp()
     with pytest.raises(KeyboardInterrupt):
@@ -462,7 +463,7 @@ def test_an_interrupt_stops_the_workers(tmp_path: Path, places: Places) -> None:
     executor, failures = go(table, places)
     assert not failures
     assert len(results(table, places)) == 4
-    assert 2 <= len(executor.jobs) <= 3 or executor.jobs
+    assert 1 <= len(executor.jobs) <= 3
 
 
 def test_cells_that_start_from_others(tmp_path: Path, places: Places) -> None:
@@ -983,6 +984,7 @@ def test_the_command(call: Any, images: Path, tmp_path: Path) -> None:
     assert (tmp_path / "runs/pair/slow/seed0/run.json").is_file()
     assert "fast less slow" in out
     # a clean checkout: results alone; one is trained
+    (tmp_path / "results/pair/fast-seed1.json").unlink()
     code, out, err = call(table, "--check-one", "--check-seed", 5, "--out", tmp_path / "clean")
     assert code == 0, err
     assert len(call.executor.jobs) == 1
@@ -1022,6 +1024,14 @@ def test_the_command(call: Any, images: Path, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ schedule.speed
+
+
+def test_speed_multiplies_the_temperature_in_every_epoch(images: Path, tmp_path: Path) -> None:
+    data = {**RECIPE["data"], "root": str(images)}
+    schedule = {"speed": 2.0, "end": 1.0, "every": "epoch"}
+    tree = {"name": "x", **RECIPE, "data": data, "train": {**RECIPE["train"], "epochs": 3}, "schedule": schedule}
+    train(parse_recipe(tree), tmp_path / "run")
+    assert [row["temperature"] for row in read_metrics(tmp_path / "run")] == pytest.approx([1, 2, 4])
 
 
 def test_speed_in_place_of_growth() -> None:

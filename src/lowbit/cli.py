@@ -170,7 +170,8 @@ def train(
     try:
         result = train_recipe(loaded, place, resume=resume, overwrite=overwrite, test=test)
     except (KeyboardInterrupt, SystemExit):
-        err.print(f"interrupted; go on with: [bold]lowbit train {escape(str(place))} --resume[/]", soft_wrap=True)
+        if talks:
+            err.print(f"interrupted; go on with: [bold]lowbit train {escape(str(place))} --resume[/]", soft_wrap=True)
         raise typer.Exit(130) from None
     except OSError as error:
         error.filename = error.filename or place  # a full disk says nothing of where
@@ -441,7 +442,10 @@ def compare(
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is done and what would run, and end.")] = False,
     check: Annotated[
-        bool, typer.Option("--check-one", help="Run one finished cell again, drawn by chance, and compare the results.")
+        bool,
+        typer.Option(
+            "--check-one", help="Train nothing but one finished cell, drawn by chance, again, and compare the results."
+        ),
     ] = False,
     check_seed: Annotated[int | None, typer.Option(help="Draw the same cell again.", min=0)] = None,
     tolerance: Annotated[
@@ -478,13 +482,15 @@ def compare(
         _print_plan(steps, cells.read_results(wanted, places), executor.slots)
         return
     cells.refuse(steps)
-    cells.check_data(steps, test)
-    with _cell_lines() as show:
-        try:
-            failures = compare.run(table.name, steps, places, executor, test=test, refresh=refresh, on_event=show)
-        except KeyboardInterrupt:
-            err.print("interrupted; the same command goes on")
-            raise typer.Exit(130) from None
+    failures = []
+    if not check:
+        cells.check_data(steps, test)
+        with _cell_lines() as show:
+            try:
+                failures = compare.run(table.name, steps, places, executor, test=test, refresh=refresh, on_event=show)
+            except KeyboardInterrupt:
+                err.print("interrupted; the same command goes on")
+                raise typer.Exit(130) from None
     for failure in failures:
         where = f" (log: {failure.log})" if failure.log else ""
         err.print(f"[red]failed:[/] {escape(f'{failure.cell.title}: {failure.error}{where}')}", soft_wrap=True)
@@ -497,7 +503,7 @@ def compare(
             _print_results(aggregate.difference_rows(tree), "differences, paired by seed")
         for path in aggregate.write(table, tree, cells_dir):
             out.print(f"wrote [bold]{escape(str(path))}[/]", soft_wrap=True)
-    if check and not failures:
+    if check:
         _check_one(table.name, wanted, cells.read_results(wanted, places), executor, check_seed, tolerance)
     if failures:
         raise typer.Exit(1)

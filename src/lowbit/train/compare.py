@@ -100,7 +100,7 @@ class _Running:
 
 @contextmanager
 def _terminated() -> Iterator[None]:
-    """SIGTERM ends like Ctrl-C: the workers are interrupted too."""
+    """SIGTERM and a closed terminal end like Ctrl-C: the workers are interrupted too. What is ignored (nohup) stays so."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -108,11 +108,15 @@ def _terminated() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    for each, handler in before.items():
+        if handler == signal.SIG_DFL:
+            signal.signal(each, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def run(
