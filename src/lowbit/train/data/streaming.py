@@ -150,27 +150,31 @@ def _load(worker: _Worker, requests: Sequence[_Request], workers: int, broken: d
         generator=torch.Generator(),  # the network's own random numbers stay as they were
     )
     batches = iter(loader)
-    while True:
-        try:
-            found = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                "a process that loads images was killed; is memory or shared memory (/dev/shm) used up? Fewer train.workers "
-                "or a smaller batch need less"
-            ) from None
-        if isinstance(found, DataError):
-            raise found
-        x, y, skipped = found
-        for name, reason in skipped:
-            if name not in broken:
-                broken[name] = reason
-                _log.warning("%s: %s; passed over", name, reason)
-        if len(y):
-            yield x, y
+    try:
+        while True:
+            try:
+                found = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(
+                    "a process that loads images was killed; is memory or shared memory (/dev/shm) used up? Fewer "
+                    "train.workers or a smaller batch need less"
+                ) from None
+            if isinstance(found, DataError):
+                raise found
+            x, y, skipped = found
+            for name, reason in skipped:
+                if name not in broken:
+                    broken[name] = reason
+                    _log.warning("%s: %s; passed over", name, reason)
+            if len(y):
+                yield x, y
+    finally:
+        # ends the workers now: where a traceback keeps the iterator for the garbage collector, that waits 5 s for each
+        del batches
 
 
 class StreamingBatches(TrainingBatches):
