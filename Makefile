@@ -12,10 +12,12 @@ DEMO := runs/demo
 ENGINE := CMakeLists.txt $(shell find engine -name '*.cc' -o -name '*.h' -o -name '*.inc' -o -name '*.txt')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test lint format bench data clean install
+.PHONY: help demo test test-long test-recipes lint format bench data clean install
 help:
 	@echo "make demo    train a 1-bit network on Fashion-MNIST, export it, prove it, time it (about 8 minutes on 2 cores)"
 	@echo "make test    the test suite"
+	@echo "make test-long     kill training at twenty random moments and at each file that it writes, and resume it (about 15 minutes)"
+	@echo "make test-recipes  build the networks of all recipes at full size"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the engine beside ONNX Runtime, a training step beside a float one"
 	@echo "make clean   remove what the above made, but for .venv and runs"
@@ -55,6 +57,13 @@ $(DEMO)/report.html: $(DEMO)/bench.json
 
 test: .venv/.installed data
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# LOWBIT_TEST_SEED=N draws the same moments again
+test-long: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow tests/test_kill.py
+
+test-recipes: .venv/.installed
+	$(BIN)/python -m pytest -m slow --ignore tests/test_kill.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

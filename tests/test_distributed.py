@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from ddp_runner import METHODS, STEPS, equal_recipe, recorded
+from lowbit.train.distributed import leaves_parameters_out
+from lowbit.train.network import build_network
 from lowbit.train.quantizers import WEIGHTS
 from lowbit.train.recipe import RecipeError
-from lowbit.train.rundir import RunError, read_run
-from lowbit.train.trainer import train
+from lowbit.train.rundir import InputSpec, RunError, read_run
+from lowbit.train.trainer import load_data, train
 from test_trainer import _rows, recipe
 
 HERE = Path(__file__).parent
@@ -154,6 +156,27 @@ def test_devices_without_processes_are_refused(tmp_path):
     with pytest.raises(RecipeError, match=r"train\.accumulate = 7, but an epoch has 6 batches"):
         train(recipe(train__accumulate=7), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_no_more_processes_than_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for key, value in {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(RecipeError, match="tiny: 2 processes on a machine with 1 GPUs"):
+        train(recipe(), tmp_path / "run")
+
+
+def test_parameters_that_a_step_leaves_out_are_found():
+    """DDP must be told of them, or its second step fails."""
+    made = recipe()
+    spec = InputSpec.of(load_data(made))
+    model = build_network(made, spec)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert not leaves_parameters_out(model, spec)
+    model.unused = torch.nn.Linear(2, 2)
+    assert leaves_parameters_out(model, spec)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["fsdp", "FSDP", "deepspeed_stage_2"])

@@ -8,6 +8,7 @@ buffers, which DDP leaves alone, are made equal. One process is the case where a
 from __future__ import annotations
 
 import atexit
+import copy
 import hashlib
 import os
 import sys
@@ -23,10 +24,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from lowbit.train.prepare import auxiliary_loss
 from lowbit.train.recipe import Recipe, RecipeError, differing_keys
-from lowbit.train.rundir import RunError
+from lowbit.train.rundir import InputSpec, RunError
 
-__all__ = ["ALONE", "RankError", "Ranks", "check_equal_recipes", "check_launch", "join", "launch", "main_process"]
+__all__ = [
+    "ALONE",
+    "RankError",
+    "Ranks",
+    "check_equal_recipes",
+    "check_launch",
+    "join",
+    "launch",
+    "leaves_parameters_out",
+    "main_process",
+]
 
 T = TypeVar("T")
 
@@ -168,6 +180,8 @@ class Ranks:
         if self.world_size == 1 or isinstance(error, RankError):
             return error
         atexit.unregister(_leave)  # the others may be gone already, or wait for this one in vain
+        if not isinstance(error, Exception):  # Ctrl-C, which all of them get
+            return error
         with suppress(Exception):  # the store is gone with the launcher
             first = self._store.compare_set("lowbit/failure", "", f"{self.rank} {_describe(error)}").decode()
             rank, _, message = first.partition(" ")
@@ -207,6 +221,9 @@ def check_launch(recipe: Recipe) -> None:
     elastic = dist.is_torchelastic_launched()
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if elastic else 1
     nodes = int(os.environ["WORLD_SIZE"]) // local if elastic else 1
+    gpus = torch.cuda.device_count() if t.device != "cpu" else 0
+    if gpus and local > gpus:
+        raise RecipeError(f"{recipe.name}: {local} processes on a machine with {gpus} GPUs; one for each is the most")
     wanted = (t.devices or local, t.nodes or nodes)
     if wanted == (local, nodes):
         return
@@ -240,6 +257,15 @@ def join(device: str) -> Ranks:
 def _leave() -> None:
     with suppress(Exception):
         dist.destroy_process_group()
+
+
+def leaves_parameters_out(model: nn.Module, spec: InputSpec) -> bool:
+    """Whether some parameter gets no gradient in a step: DDP must look for those, which costs it time."""
+    trial = copy.deepcopy(model).train()
+    with torch.random.fork_rng(devices=[]):
+        outputs = trial(torch.zeros(2, spec.channels, spec.height, spec.width, dtype=torch.uint8))
+    (outputs.float().sum() + auxiliary_loss(trial)).backward()
+    return any(p.requires_grad and p.grad is None for p in trial.parameters())
 
 
 def check_equal_recipes(recipe: Recipe, ranks: Ranks) -> None:

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from lowbit.train.data import DATASETS, Augment, DataError, DataSource, TrainingBatches
 from lowbit.train.data.images import Part
 from lowbit.train.distill import Distillation, load_distillation
-from lowbit.train.distributed import Ranks, check_equal_recipes, check_launch, join
+from lowbit.train.distributed import Ranks, check_equal_recipes, check_launch, join, leaves_parameters_out
 from lowbit.train.freeze import FreezeError, freeze
 from lowbit.train.module import TrainingModule, calibrate, network_checkpoint
 from lowbit.train.network import build_network, load_run
-from lowbit.train.prepare import auxiliary_loss, mapping_parameters
+from lowbit.train.prepare import mapping_parameters
 from lowbit.train.recipe import Recipe, RecipeError, differing_keys, load_recipe
 from lowbit.train.rundir import (
     FORMAT,
@@ -459,21 +459,12 @@ class _WholeCheckpoints(TorchCheckpointIO):
         write_checkpoint(Path(path), checkpoint)
 
 
-def _leaves_parameters_out(model: nn.Module, spec: InputSpec) -> bool:
-    """Whether some parameter gets no gradient in a step: DDP must look for those, which costs it time."""
-    trial = copy.deepcopy(model).train()
-    with torch.random.fork_rng(devices=[]):
-        outputs = trial(torch.zeros(2, spec.channels, spec.height, spec.width, dtype=torch.uint8))
-    (outputs.float().sum() + auxiliary_loss(trial)).backward()
-    return any(p.requires_grad and p.grad is None for p in trial.parameters())
-
-
 def _strategy(model: nn.Module, spec: InputSpec, ranks: Ranks, device: str) -> str | DDPStrategy:
     if ranks.world_size == 1:
         return "auto"
     return DDPStrategy(
         process_group_backend="nccl" if device == "cuda" else "gloo",
-        find_unused_parameters=_leaves_parameters_out(model, spec),
+        find_unused_parameters=leaves_parameters_out(model, spec),
         broadcast_buffers=False,  # every process has statistics of its own until the epoch ends, see TrainingModule
     )
 
