@@ -274,6 +274,22 @@ def round_ste(x: Tensor) -> Tensor:
     return out
 
 
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, hard: Tensor) -> Tensor:  # noqa: ARG004
+        return hard.view_as(hard)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grad, None
+
+
+def straight_through(latent: Tensor, hard: Tensor) -> Tensor:
+    """`hard`, to the last bit, with the gradient of the identity to `latent` (straight-through estimator)."""
+    out: Tensor = _StraightThrough.apply(latent.float(), hard)  # type: ignore[no-untyped-call]
+    return out
+
+
 class _UniformSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, reciprocal: Tensor, scale: Tensor, codes: Codes) -> Tensor:
