@@ -568,6 +568,9 @@ def test_jobs_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     executor = LocalExecutor(3)
     assert [executor._free.get()["CUDA_VISIBLE_DEVICES"] for _ in range(3)] == ["5", "7", "5"]
     assert executor._threads == {"OMP_NUM_THREADS": "2"}
+    executor = LocalExecutor(devices=2)
+    assert executor.slots == 1
+    assert executor._free.get()["CUDA_VISIBLE_DEVICES"] == "5,7"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     executor = LocalExecutor()
     assert executor.slots == 6
@@ -948,7 +951,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(sys, "path", [*sys.path])
     made = MadeUp()
-    monkeypatch.setattr("lowbit.train.workers.LocalExecutor", lambda jobs, device: made)
+    monkeypatch.setattr("lowbit.train.workers.LocalExecutor", lambda jobs, device, devices: made)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         made.jobs.clear()

@@ -477,7 +477,8 @@ def compare(
     wanted = table.tries(only or ()) if tune else table.cells(seeds, only or ())
     steps = cells.plan(wanted, places, test=test, refresh=refresh)
     on_cpu = all(cell.recipe.train.device == "cpu" for cell in wanted)
-    executor = LocalExecutor(jobs, "cpu" if on_cpu else "auto")
+    devices = max(cell.recipe.train.devices or 1 for cell in wanted)
+    executor = LocalExecutor(jobs, "cpu" if on_cpu else "auto", devices)
     if dry_run:
         _print_plan(steps, cells.read_results(wanted, places), executor.slots)
         return

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -77,9 +78,11 @@ class Executor(Protocol):
         """Interrupt what is under way, so that it can be resumed, and wait for its end."""
 
 
-def default_jobs(device: str = "auto") -> int:
-    """One for each GPU; without one (or with ``device`` "cpu"), one for each core this process may use."""
-    return len(_gpus()) if device != "cpu" and _gpus() else len(os.sched_getaffinity(0))
+def default_jobs(device: str = "auto", devices: int = 1) -> int:
+    """How many trainings of ``devices`` processes each fit: one process for each GPU; without one (or with ``device``
+    "cpu"), one for each core this process may use."""
+    there = len(_gpus()) if device != "cpu" and _gpus() else len(os.sched_getaffinity(0))
+    return max(1, there // devices)
 
 
 def _gpus() -> list[str]:
@@ -97,14 +100,16 @@ class LocalExecutor:
     Args:
         jobs: how many at once; by default ``default_jobs``.
         device: the recipes' ``train.device``: "cpu" leaves GPUs alone.
+        devices: the recipes' ``train.devices``: GPUs of each job.
     """
 
-    def __init__(self, jobs: int | None = None, device: str = "auto") -> None:
-        self._slots = jobs or default_jobs(device)
+    def __init__(self, jobs: int | None = None, device: str = "auto", devices: int = 1) -> None:
+        self._slots = jobs or default_jobs(device, devices)
         gpus = _gpus() if device != "cpu" else []
         self._free: queue.SimpleQueue[dict[str, str]] = queue.SimpleQueue()
         for i in range(self._slots):
-            self._free.put({"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
+            own = [gpus[k % len(gpus)] for k in range(i * devices, (i + 1) * devices)] if gpus else []
+            self._free.put({"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(own))})
         threads = max(1, len(os.sched_getaffinity(0)) // self._slots) if gpus else 1
         self._threads = {"OMP_NUM_THREADS": str(threads)}
         self._pool = ThreadPoolExecutor(self._slots)
@@ -152,11 +157,17 @@ class LocalExecutor:
         with self._guard:
             self._stopped = True
             for process in self._running:
-                process.send_signal(signal.SIGINT)
+                _signal(process, signal.SIGINT)
         end = time.monotonic() + patience
         while self._running and time.monotonic() < end:
             time.sleep(0.1)
         with self._guard:
             for process in self._running:
-                process.kill()
+                _signal(process, signal.SIGKILL)
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """To a worker and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)  # it leads a session of its own
