@@ -40,15 +40,6 @@ def _run(*arguments: object, status: int = 0) -> str:
     return done.stdout
 
 
-def _two(scenario: str, folder: Path, status: int = 0) -> list[dict[str, Any]]:
-    _run(
-        *("torch.distributed.run", "--standalone", "--nproc-per-node", 2),
-        *(HERE / "ddp_runner.py", scenario, folder),
-        status=status,
-    )
-    return [torch.load(folder / f"{scenario}-{rank}.pt", weights_only=False) for rank in (0, 1)]
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """One process, two halves."""
@@ -58,9 +49,23 @@ def one(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     return folder, runs
 
 
+def _results(folder: Path, part: str) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{part}-{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
 @pytest.fixture(scope="module")
-def two(one) -> list[dict[str, Any]]:
-    return _two("same", one[0])
+def launched(one) -> Path:
+    """Two processes, each a half. They end with an error (status 1 of torchrun), and they do end."""
+    said = _run(
+        "torch.distributed.run", "--standalone", "--nproc-per-node", 2, HERE / "ddp_runner.py", one[0], status=1
+    )
+    assert (one[0] / "errors-1.pt").is_file(), said
+    return one[0]
+
+
+@pytest.fixture(scope="module")
+def two(launched) -> list[dict[str, Any]]:
+    return _results(launched, "same")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -118,14 +123,14 @@ def test_two_processes_resume_exactly(one, two):
         train(recipe(train__epochs=2), folder / "two-cut", resume=True)
 
 
-def test_what_one_process_refuses_all_refuse(tmp_path):
-    """And what breaks one in the middle of an epoch ends both: the launcher reports status 1, nothing hangs."""
-    first, second = _two("errors", tmp_path, status=1)
+def test_what_one_process_refuses_all_refuse(launched):
+    """And what breaks one in the middle of an epoch ends both."""
+    first, second = _results(launched, "errors")
     keys = r"got another recipe than process 0: model\.width, train\.lr"
     assert first["recipes"][0] == "RunError"
     assert re.search(f"process 1 of 2 {keys}", first["recipes"][1])
     assert second["recipes"] == ("RankError", first["recipes"][1], True)
-    assert first["resume"][:2] == ("RunError", f"{tmp_path / 'refused'}: not a run directory (it has no run.json)")
+    assert first["resume"][:2] == ("RunError", f"{launched / 'refused'}: not a run directory (it has no run.json)")
     assert second["resume"] == ("RankError", f"process 0 of 2: {first['resume'][1]}", True)
     for rank in (first, second):
         assert rank["devices"][0] == "RecipeError"
@@ -135,7 +140,7 @@ def test_what_one_process_refuses_all_refuse(tmp_path):
     assert second["epoch"] == ("RunError", "images.bin: gone", False)
     if "epoch" in first:  # else the launcher was quicker
         assert first["epoch"] == ("RankError", "process 1 of 2: images.bin: gone", True)
-    assert len(_rows(tmp_path / "broken")) == 1
+    assert len(_rows(launched / "broken")) == 1
 
 
 def test_the_command_line_starts_the_processes(tmp_path):

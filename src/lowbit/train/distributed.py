@@ -46,6 +46,10 @@ PATIENCE = timedelta(hours=6)
 """The longest that processes wait for rank 0 to evaluate."""
 
 
+FAILURE = "lowbit/failure"
+"""Where the first process to fail says so: "RANK MESSAGE"."""
+
+
 class RankError(RunError):
     """Another process failed; the message says which, and why.
 
@@ -86,6 +90,12 @@ class Ranks:
     def main(self) -> bool:
         """Rank 0: the one that writes."""
         return self.rank == 0
+
+    def begin(self) -> None:
+        """A new run: what failed before it is forgotten."""
+        if self.world_size > 1 and self.main:
+            self._store.delete_key(FAILURE)
+        self.gather(None)
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, by rank."""
@@ -183,13 +193,13 @@ class Ranks:
         if not isinstance(error, Exception):  # Ctrl-C, which all of them get
             return error
         with suppress(Exception):  # the store is gone with the launcher
-            first = self._store.compare_set("lowbit/failure", "", f"{self.rank} {_describe(error)}").decode()
+            first = self._store.compare_set(FAILURE, "", f"{self.rank} {_describe(error)}").decode()
             rank, _, message = first.partition(" ")
             if int(rank) != self.rank:
                 return RankError(f"{self._name(int(rank))}: {message}")
         if isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL")):
             return RankError(
-                f"another process is gone, killed perhaps; --resume goes on ({str(error).splitlines()[0]})"
+                f"another process is gone, killed perhaps; --resume goes on ({str(error).splitlines()[0][:160]})"
             )
         return error
 

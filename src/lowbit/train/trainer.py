@@ -274,6 +274,7 @@ def train(
     run_dir = Path(run_dir)
     check_launch(recipe)
     ranks = join(_device(recipe))
+    ranks.begin()
     check_equal_recipes(recipe, ranks)
     with RunLock(run_dir) as lock:
         return _train(recipe, run_dir, ranks, lock, resume, overwrite, test, progress, callbacks)
