@@ -352,6 +352,23 @@ def test_image_folder_with_a_test_set(tmp_path):
     assert data.test_y.tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_a_broken_image_of_a_folder_stops_or_is_passed_over(tmp_path):
+    write_images(tmp_path)
+    broken = sorted(tmp_path.rglob("*.png"))[0]
+    broken.write_bytes(broken.read_bytes()[:60])
+    build = DATASETS.get("image_folder")
+    with pytest.raises(DataError, match=rf"{broken.name}.*data\.broken: skip"):
+        build(root=tmp_path, size=8)
+    whole = len(list(tmp_path.rglob("*.png")))
+    data = build(root=tmp_path, size=8, broken="skip")
+    assert data.broken == (f"{broken.parent.name}/{broken.name}",)
+    assert data.count("full") == whole - 1
+    with pytest.raises(DataError, match=r"data\.broken = 'ignore'"):
+        build(root=tmp_path, size=8, broken="ignore")
+    with pytest.raises(DataError, match=r"data\.resize = 7"):
+        build(root=tmp_path, size=8, resize=7)
+
+
 def test_image_folder_refusals(tmp_path):
     build = DATASETS.get("image_folder")
     with pytest.raises(DataError, match=r"needs data\.root"):

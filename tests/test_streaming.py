@@ -19,6 +19,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
+import lowbit
+from lowbit.predict import predict, read_image
 from lowbit.train.data import DATASETS, Augment, DataError, bench
 from lowbit.train.data.decode import BrokenImageError, Geometry, decode, random_box
 from lowbit.train.data.imagenet import imagenet_folder, imagenet_shards, read_folder
@@ -26,9 +28,10 @@ from lowbit.train.data.shards import Shard, ShardRecords, main, open_index, writ
 from lowbit.train.data.streaming import Encoded, Records, StreamingData, default_workers
 from lowbit.train.evaluation import evaluate_file, evaluate_run
 from lowbit.train.export import export_run
-from lowbit.train.recipe import RecipeError, parse_recipe
+from lowbit.train.freeze import to_numpy
+from lowbit.train.recipe import RecipeError, load_recipe, parse_recipe
 from lowbit.train.rundir import InputSpec, read_metrics, read_run
-from lowbit.train.trainer import train
+from lowbit.train.trainer import load_data, train
 
 PER_CLASS, TESTS = 20, 5
 CLASSES = ("ant", "bee", "cow")
@@ -817,6 +820,16 @@ def test_a_streamed_network_is_evaluated_and_exported(tree, tmp_path):
     assert on_engine["confusion"] == evaluate_run(run.run_dir, split="test")["confusion"]
     assert on_engine["images"] == 3 * TESTS
     assert evaluate_file(done.path, data=str(tree))["images"] == 9
+
+    # predict resizes and cuts as evaluation did: the file says how
+    net = lowbit.load(done.path)
+    source = load_data(load_recipe(run.run_dir / "recipe.yaml"))
+    assert net.meta["image"]["resize"] == source.resize == SMALL["resize"]
+    paths = sorted((tree / "val").glob("*/*.png"))
+    seen_as = {image.tobytes(): image for x, _ in source.evaluation("test", 7) for image in to_numpy(x)}
+    for path, found in zip(paths, predict(net, paths, top=1), strict=True):
+        image = seen_as.pop(read_image(path, net.input_shape[:2], 3, resize=source.resize).tobytes())
+        assert found.classes[0][0] == net.meta["classes"][int(net(image[None]).argmax())]
 
 
 def test_recipes_check_the_cut(tree):

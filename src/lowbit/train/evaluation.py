@@ -107,7 +107,8 @@ def _of_folder(engine: Engine, data: str, split: str, classes: tuple[str, ...]) 
     height, width, channels = engine.input_shape
     if height != width:
         raise DataError(f"{folder}: the network reads {height}x{width} images; folders are read as squares")
-    found = DATASETS.get("image_folder")(root=folder, size=height, channels=channels)
+    resize = engine.meta.get("image", {}).get("resize")
+    found = DATASETS.get("image_folder")(root=folder, size=height, channels=channels, resize=resize)
     if (folder / "test").is_dir():
         return _split(found, split, classes)
     assert isinstance(found, ImageData)

@@ -99,7 +99,7 @@ def _export(
     data = data or load_data(recipe)
     spec = InputSpec.from_json(run["input"])
     probe = _probe(data, inputs, recipe.train.workers)
-    graph = freeze(model, probe[:1], meta=_meta(recipe, spec, run))
+    graph = freeze(model, probe[:1], meta=_meta(recipe, spec, run, data.resize))
 
     with tempfile.TemporaryDirectory(prefix=EXPORTING, dir=run_dir) as folder:
         # the engine that is proved loads the very bytes that will be the file
@@ -133,11 +133,12 @@ def _probe(data: DataSource, count: int, workers: int | None) -> Tensor:
     return torch.cat(found)[:count]
 
 
-def _meta(recipe: Recipe, spec: InputSpec, run: dict[str, Any]) -> dict[str, Any]:
+def _meta(recipe: Recipe, spec: InputSpec, run: dict[str, Any], resize: int | None) -> dict[str, Any]:
+    size = {} if resize is None else {"resize": resize}
     meta = {
         "task": recipe.task,
         "classes": list(spec.classes),
-        "image": {"height": spec.height, "width": spec.width, "channels": spec.channels},
+        "image": {"height": spec.height, "width": spec.width, "channels": spec.channels, **size},
         "recipe": recipe.name,
         "seed": recipe.seed,
         "epochs": run["epochs_done"],

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from lowbit.predict import centre, upright
 from lowbit.train.data.batches import Augment
 from lowbit.train.data.images import DataError
 
@@ -94,7 +95,7 @@ def decode(
                     assert random is not None
                     image = _cut(opened, geometry.size, augment, random)
                 else:
-                    image = _centre(_upright(opened), geometry)
+                    image = centre(upright(opened, 3), (geometry.size, geometry.size), geometry.resize)
     except UnidentifiedImageError:
         raise BrokenImageError("not an image that Pillow reads") from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
@@ -107,27 +108,11 @@ def decode(
     return pixels
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """All of it as RGB; the same reading as ``lowbit.predict.read_image``."""
-    turned: Image.Image = ImageOps.exif_transpose(image)
-    if turned.has_transparency_data:
-        turned = Image.alpha_composite(Image.new("RGBA", turned.size, "white"), turned.convert("RGBA"))
-    return turned.convert("RGB")
-
-
-def _centre(image: Image.Image, geometry: Geometry) -> Image.Image:
-    shorter = min(image.size)
-    width, height = (geometry.resize * side // shorter for side in image.size)
-    left, top = round((width - geometry.size) / 2), round((height - geometry.size) / 2)
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    return resized.crop((left, top, left + geometry.size, top + geometry.size))
-
-
 def _cut(image: Image.Image, size: int, augment: Augment, random: np.random.Generator) -> Image.Image:
     assert augment.resized_crop is not None
     # the box is drawn from the size in the header, so that a smaller decoding does not change what is drawn
     turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-    whole = _upright(image) if turned else None
+    whole = upright(image, 3) if turned else None
     width, height = image.size if whole is None else whole.size
     box: tuple[float, float, float, float] = random_box(width, height, augment.resized_crop, augment.ratio, random)
     if whole is None:
@@ -138,5 +123,5 @@ def _cut(image: Image.Image, size: int, augment: Augment, random: np.random.Gene
             # one pixel of a draft stands for `shrink` x `shrink`; the last row and column may stand for fewer
             shrink = next(s for s in (1, 2, 4, 8) if (-(-width // s), -(-height // s)) == image.size)
             box = (box[0] / shrink, box[1] / shrink, box[2] / shrink, box[3] / shrink)
-        whole = _upright(image)
+        whole = upright(image, 3)
     return whole.resize((size, size), Image.Resampling.BILINEAR, box=box)

@@ -5,7 +5,9 @@ Layout: ``root/<class>/*.png|jpg``, or ``root/train/<class>/...`` and ``root/tes
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ __all__ = ["image_folder"]
 
 SPLIT_SEED = 20_201_204
 
+_log = logging.getLogger("lowbit.train")
+
 
 def _class_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
@@ -29,17 +33,28 @@ def _class_folders(folder: Path) -> list[Path]:
     return found
 
 
-def _read(folders: list[Path], size: tuple[int, int], channels: int) -> tuple[Tensor, Tensor]:
+def _read(
+    folders: list[Path], size: tuple[int, int], channels: int, resize: int | None, passed_over: list[str] | None
+) -> tuple[Tensor, Tensor]:
+    """All images. Names of broken ones are added to `passed_over`; with None the first is an error."""
     images, labels = [], []
     for label, folder in enumerate(folders):
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-        if not paths:
-            raise DataError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}); fill the folder or remove it")
-        try:
-            images += [read_image(path, size, channels).transpose(2, 0, 1) for path in paths]
-        except ImageError as error:
-            raise DataError(f"{error}; repair or remove it") from None
-        labels += [label] * len(paths)
+        before = len(images)
+        for path in paths:
+            try:
+                images.append(read_image(path, size, channels, resize=resize).transpose(2, 0, 1))
+            except ImageError as error:
+                if passed_over is None:
+                    raise DataError(
+                        f"{error}; repair or remove it, or pass over such images with data.broken: skip"
+                    ) from None
+                passed_over.append(f"{folder.name}/{path.name}")
+                _log.warning("%s; passed over", error)
+        if len(images) == before:
+            what = "no image that can be read" if paths else f"no images ({', '.join(sorted(SUFFIXES))})"
+            raise DataError(f"{folder}: {what}; fill the folder or remove it")
+        labels += [label] * (len(images) - before)
     return torch.from_numpy(np.stack(images)), torch.tensor(labels, dtype=torch.int64)
 
 
@@ -50,6 +65,8 @@ def image_folder(
     channels: int = 3,
     validation_fraction: float = 0.2,
     train_images: int | None = None,
+    resize: int | None = None,
+    broken: Literal["stop", "skip"] = "stop",
 ) -> ImageData:
     """A folder of images, one folder for each class; classes in the order of their sorted names.
 
@@ -62,6 +79,9 @@ def image_folder(
         channels: 1 (gray) or 3 (RGB).
         validation_fraction: share of the training images that is held out, drawn with a fixed seed.
         train_images: use only this many training images.
+        resize: the shorter side becomes this long before the centre is cut out; None keeps as much as possible
+            (``lowbit.predict.centre``).
+        broken: what an image that can't be read does: "stop", or "skip": it is passed over, logged and counted in run.json.
 
     Raises:
         DataError: no such folder, fewer than two classes, an empty class, an unreadable image, impossible settings.
@@ -72,13 +92,19 @@ def image_folder(
         raise DataError(f"data.channels = {channels}: 1 (gray) or 3 (RGB)")
     if size < 1:
         raise DataError(f"data.size = {size}: at least 1")
+    if resize is not None and resize < size:
+        raise DataError(f"data.resize = {resize}: at least data.size = {size}")
+    if broken not in ("stop", "skip"):
+        raise DataError(f"data.broken = {broken!r}: stop or skip")
     if not 0.0 < validation_fraction < 1.0:
         raise DataError(f"data.validation_fraction = {validation_fraction}: between 0 and 1")
     base = Path(root).expanduser()
     apart = (base / "train").is_dir() and (base / "test").is_dir()
     folders = _class_folders(base / "train" if apart else base)
     names = tuple(folder.name for folder in folders)
-    x, y = _read(folders, (size, size), channels)
+    found: list[str] = []
+    passed_over = found if broken == "skip" else None
+    x, y = _read(folders, (size, size), channels, resize, passed_over)
     validation = max(1, round(len(x) * validation_fraction))
     if validation >= len(x):
         raise DataError(f"{base}: {len(x)} images are too few to hold {validation} out")
@@ -94,7 +120,7 @@ def image_folder(
         for folder in test_folders:
             if not folder.is_dir():
                 raise DataError(f"{folder}: no such folder; the test set must have the classes of the training set")
-        return _read(test_folders, (size, size), channels)
+        return _read(test_folders, (size, size), channels, resize, passed_over)
 
     return ImageData(
         name="image_folder",
@@ -108,4 +134,6 @@ def image_folder(
         split_seed=SPLIT_SEED,
         train_images=train_images,
         has_test=apart,
+        resize=resize,
+        found_broken=found,
     )

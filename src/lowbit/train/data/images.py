@@ -49,6 +49,8 @@ class DataSource(ABC):
         zero_point: one integer for each channel (the rounded mean of the training pixels).
         scale: one factor for all channels (1 / standard deviation of the training pixels).
         has_test: False where no images are set apart for a test; asking for them then raises DataError.
+        resize: what evaluation makes the shorter side before it cuts the centre out (``lowbit.predict.centre``); None where
+            images have their size already. It goes into the exported file, so that ``predict`` does the same.
     """
 
     name: str
@@ -57,6 +59,7 @@ class DataSource(ABC):
     zero_point: tuple[int, ...]
     scale: float
     has_test: bool
+    resize: int | None = None
 
     @abstractmethod
     def count(self, part: Part) -> int:
@@ -117,6 +120,7 @@ class ImageData(DataSource):
         validation: how many training images are held out to choose by.
         split_seed: seed of the permutation whose first ``validation`` entries are held out.
         train_images: use only this many of the training images (in permuted order); None for all.
+        found_broken: names of images that were passed over.
     """
 
     name: str
@@ -130,6 +134,12 @@ class ImageData(DataSource):
     split_seed: int = 0
     train_images: int | None = None
     has_test: bool = True
+    resize: int | None = None
+    found_broken: list[str] = field(default_factory=list)
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        return tuple(self.found_broken)
 
     @cached_property
     def _all(self) -> Labelled:

@@ -273,7 +273,7 @@ class StreamingData(DataSource):
             raise DataError(f"{name}: {len(train)} training images are too few to hold {validation} out")
         self.name, self.classes, self.zero_point, self.scale = name, classes, zero_point, scale
         self.shape = (3, geometry.size, geometry.size)
-        self.has_test = test is not None
+        self.has_test, self.resize = test is not None, geometry.resize
         self.found_broken: dict[str, str] = {}
         self._geometry, self._train, self._test, self._broken, self._no_test = geometry, train, test, broken, no_test
         self._split_seed = split_seed
