@@ -96,16 +96,26 @@ def test_weights_are_the_papers(name: str, bits: int, formula, shape: tuple[int,
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.3, 0.5, 1.0])
-def test_irnet_anneals_weights_and_activations(progress: float) -> None:
-    t = 0.1 * 10 ** (progress * math.log10(10 / 0.1))
+@pytest.mark.parametrize("t_min", [None, 0.001])
+def test_irnet_anneals_weights_and_activations(progress: float, t_min: float | None) -> None:
+    options, first = ({}, 0.1) if t_min is None else ({"t_min": t_min}, t_min)
+    t = first * 10 ** (progress * math.log10(10 / first))
     start, upstream = normal(5, 24), normal(5, 24, seed=4)
-    weight, activation = WEIGHTS.get("irnet")(1), ACTIVATIONS.get("irnet")(1)
+    weight, activation = WEIGHTS.get("irnet")(1, **options), ACTIVATIONS.get("irnet")(1, **options)
     for quantizer, formula in ((weight, lambda w: irnet(w, t)), (activation, lambda x: through(ones(x), ede(x, t)))):
         quantizer.anneal(progress)
         x, exact = start.clone().requires_grad_(), start.double().requires_grad_()
         (quantizer.fake(x) * upstream).sum().backward()
         (formula(exact) * upstream).sum().backward()
         torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantizer", [WEIGHTS.get("irnet"), WEIGHTS.get("adabin"), ACTIVATIONS.get("irnet")])
+def test_the_error_decay_estimator_needs_a_start(quantizer) -> None:
+    assert float(quantizer(1, t_min=10).t) == 10
+    for t_min in (0.0, -0.1, 10.5, math.nan, math.inf):
+        with pytest.raises(ValueError, match="t_min must be above 0 and at most 10"):
+            quantizer(1, t_min=t_min)
 
 
 def test_irnet_scales_are_powers_of_two() -> None:

@@ -77,8 +77,9 @@ def prepare(
         skip: name patterns (fnmatch) of layers to leave alone.
         overrides: per name pattern: any of method, weight_bits, activation, activation_bits, options, activation_options,
             skip. Later patterns win over earlier ones, and all win over edges.
-        options: keyword arguments of the weight quantizer (slb: init, spread, learn_values; recu: tau_min, tau_max).
-        activation_options: keyword arguments of the activation quantizer (sign: gradient; pact: alpha; lsq: signed).
+        options: keyword arguments of the weight quantizer (slb: init, spread, learn_values; recu: tau_min, tau_max;
+            adabin, irnet: t_min).
+        activation_options: keyword arguments of the activation quantizer (sign: gradient; pact: alpha; lsq: signed; irnet: t_min).
 
     Returns:
         The prepared copy.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.train.quantizers.base import ACTIVATIONS, WEIGHTS, Encoded, per_channel, sign
-from lowbit.train.quantizers.irnet import SignErrorDecay
+from lowbit.train.quantizers.irnet import SignErrorDecay, annealed, check_start
 from lowbit.train.quantizers.sign import BinaryActivation, BinaryWeight
 
 _TINY = 1e-8  # of a filter whose weights are all equal
@@ -52,18 +52,29 @@ class AdaBin(BinaryWeight):
     at least 1e-8, which only a filter of equal weights needs). Nothing is learned beside w.
 
     Gradient, as in the authors' code: alpha and beta pass theirs on to w, whose functions they are; that of the sign is
-    k t (1 - tanh^2(t z)) at z = (w - beta_o) / alpha_o, IR-Net's error decay estimator, with t = 0.1 * 100^progress and
-    k = max(1/t, 1) (1909.10788, equations 10 and 11); `Schedule` moves t.
+    k t (1 - tanh^2(t z)) at z = (w - beta_o) / alpha_o, IR-Net's error decay estimator (1909.10788), with
+    t = t_min (10 / t_min)^progress and k = max(1/t, 1); `Schedule` moves t.
+
+    Args:
+        bits: 1.
+        t_min: t at the start, 0 < t_min <= 10; 0.001 in the authors' code, for CIFAR-10 and for ImageNet.
+
+    Raises:
+        ValueError: t_min outside its range.
     """
 
     t: Tensor
 
-    def __init__(self, bits: int = 1) -> None:
+    def __init__(self, bits: int = 1, t_min: float = 0.001) -> None:
         super().__init__(bits)
-        self.register_buffer("t", torch.tensor(0.1))
+        self.t_min = check_start(t_min)
+        self.register_buffer("t", torch.tensor(self.t_min))
 
     def anneal(self, progress: float) -> None:
-        self.t.fill_(0.1 * 100**progress)
+        self.t.fill_(annealed(progress, self.t_min))
+
+    def extra_repr(self) -> str:
+        return f"bits=1, t_min={self.t_min}"
 
     @staticmethod
     def _standardized(latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,8 +100,8 @@ class AdaBin(BinaryWeight):
 class AdaBinActivation(BinaryActivation):
     """q(x) = alpha sign((x - beta) / alpha) + beta, with alpha > 0 and beta learned, one of each for a layer.
 
-    With z = (x - beta) / alpha and g(z) = 2 - 2 |z| for |z| < 1, else 0 (Bi-Real net's gradient of sign, 1808.00278, equation
-    8) the gradients are the chain rule's ::
+    With z = (x - beta) / alpha and g(z) = 2 - 2 |z| for |z| < 1, else 0 (Bi-Real net's gradient of sign, 1808.00278) the
+    gradients are the chain rule's ::
 
         dq/dx = g(z)        dq/dalpha = sign(z) - z g(z)        dq/dbeta = 1 - g(z)
 

@@ -11,7 +11,7 @@ from lowbit.train.quantizers.base import ACTIVATIONS, WEIGHTS, Encoded, magnitud
 from lowbit.train.quantizers.sign import BinaryActivation, BinaryWeight
 from lowbit.train.quantizers.standardize import standardize
 
-_T_MIN, _T_MAX = 1e-1, 1e1
+_T_MAX = 10.0
 
 
 class SignErrorDecay(torch.autograd.Function):
@@ -30,31 +30,54 @@ class SignErrorDecay(torch.autograd.Function):
         return torch.ops.aten.sigmoid_backward(grad, p).mul_(4 * torch.clamp(t, min=1)), None
 
 
-def _moved(progress: float) -> float:
-    return _T_MIN * (_T_MAX / _T_MIN) ** progress
+def annealed(progress: float, t_min: float) -> float:
+    """t of the error decay estimator, from `t_min` to 10: t_min (10 / t_min)^progress."""
+    return t_min * (_T_MAX / t_min) ** progress
+
+
+def check_start(t_min: float) -> float:
+    """`t_min`.
+
+    Raises:
+        ValueError: no t to start from.
+    """
+    if not 0 < t_min <= _T_MAX:
+        raise ValueError(f"t_min must be above 0 and at most {_T_MAX:g}, where t ends, not {t_min!r}")
+    return float(t_min)
 
 
 @WEIGHTS.register("irnet")
 class IRNet(BinaryWeight):
     """q(w) = 2^s_o sign(w^) with w^ = (w - mean_o) / std_o and s_o = round(log2(mean|w^_o|)) per output channel o.
 
-    Libra parameter binarization (1909.10788, section 3.2): the balanced, standardised weights have the largest
-    entropy, and the scale is a shift of the integer accumulator. std is the unbiased one, as in the authors' code. A channel
-    whose weights are all equal has w^ = 0 and, where the paper's scale is 0, the scale 1.
+    Libra parameter binarization (1909.10788): the balanced, standardised weights have the largest entropy, and the scale is a
+    shift of the integer accumulator. std is the unbiased one and s one number per channel, as in the authors' code. A channel
+    whose weights are all equal has w^ = 0 and, where 2^s would be 0, the scale 1.
 
-    Gradient: dsign/dw^ = k t (1 - tanh^2(t w^)), the error decay estimator (section 3.3), with t = 0.1 * 100^progress and
+    Gradient: dsign/dw^ = k t (1 - tanh^2(t w^)), the error decay estimator, with t = t_min (10 / t_min)^progress and
     k = max(1/t, 1): nearly the identity at the start of the run, nearly the sign's own at its end; `Schedule` moves t, every step or
     every epoch. Behind it the exact gradient of w^ in w; s is a constant.
+
+    Args:
+        bits: 1.
+        t_min: t at the start, 0 < t_min <= 10. The authors' code has 0.1 for VGG-Small and 0.001 for ResNet-20.
+
+    Raises:
+        ValueError: t_min outside its range.
     """
 
     t: Tensor
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int = 1, t_min: float = 0.1) -> None:
         super().__init__(bits)
-        self.register_buffer("t", torch.tensor(_T_MIN))
+        self.t_min = check_start(t_min)
+        self.register_buffer("t", torch.tensor(self.t_min))
 
     def anneal(self, progress: float) -> None:
-        self.t.fill_(_moved(progress))
+        self.t.fill_(annealed(progress, self.t_min))
+
+    def extra_repr(self) -> str:
+        return f"bits=1, t_min={self.t_min}"
 
     def fake(self, latent: Tensor) -> Tensor:
         w = standardize(latent)
@@ -74,16 +97,28 @@ def _shift(w: Tensor) -> Tensor:
 
 @ACTIVATIONS.register("irnet")
 class IRNetActivation(BinaryActivation):
-    """q(x) = sign(x) with the error decay estimator's gradient: see `IRNet` (1909.10788, section 3.3)."""
+    """q(x) = sign(x) with the error decay estimator's gradient: see `IRNet`, whose `t_min` it needs too (1909.10788).
+
+    Args:
+        bits: 1.
+        t_min: t at the start, 0 < t_min <= 10.
+
+    Raises:
+        ValueError: t_min outside its range.
+    """
 
     t: Tensor
 
-    def __init__(self, bits: int = 1) -> None:
+    def __init__(self, bits: int = 1, t_min: float = 0.1) -> None:
         super().__init__(bits)
-        self.register_buffer("t", torch.tensor(_T_MIN))
+        self.t_min = check_start(t_min)
+        self.register_buffer("t", torch.tensor(self.t_min))
 
     def anneal(self, progress: float) -> None:
-        self.t.fill_(_moved(progress))
+        self.t.fill_(annealed(progress, self.t_min))
+
+    def extra_repr(self) -> str:
+        return f"bits=1, t_min={self.t_min}"
 
     def fake(self, x: Tensor) -> Tensor:
         out: Tensor = SignErrorDecay.apply(x, self.t)  # type: ignore[no-untyped-call]
