@@ -1,7 +1,7 @@
 """Batch-norm statistics of the hard network: calibration, and the two-statistics state batch norm.
 
 The statistics of W_c * x (training) and W_q * x (inference) differ, so a network trained with W_c and run with W_q is off
-(SLB, 2009.08695, section 3.3). Calibration re-measures them with hard weights; `StateBatchNorm2d` keeps both.
+(SLB, 2009.08695). Calibration re-measures them with hard weights; `StateBatchNorm2d` keeps both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lowbit.train.layers import set_hard
 
 
 class StateBatchNorm2d(nn.BatchNorm2d):
-    """State batch normalisation: two sets of running statistics, one affine (SLB, 2009.08695, equations 9 to 12).
+    """State batch normalisation: two sets of running statistics, one affine (SLB, 2009.08695).
 
     ``running_mean, running_var`` follow the soft network, ``hard_mean, hard_var`` the hard one. Which set a forward pass
     updates (in training mode) or uses (in evaluation) is up to the flag `hard`.

@@ -18,9 +18,9 @@ __all__ = ["Distillation", "distillation_loss", "load_distillation"]
 def distillation_loss(outputs: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """T^2 KL(p || s) with p = softmax(teacher / T), s = softmax(outputs / T), the mean over the batch.
 
-    T^2 keeps the gradient's size when T changes (Hinton et al. 2015, arXiv 1503.02531, section 2.1). With T = 1 this is
-    the distributional loss of ReActNet (Liu et al., ECCV 2020, arXiv 2003.03488), which stands there alone, in
-    place of the cross-entropy: ``weight: 1, temperature: 1``.
+    T^2 keeps the gradient's size when T changes (Hinton et al. 2015, arXiv 1503.02531). With T = 1 this is the distributional loss
+    of ReActNet (Liu et al., ECCV 2020, arXiv 2003.03488), which stands there alone, in place of the cross-entropy with the labels:
+    ``weight: 1, temperature: 1``. The authors' code leaves out the teacher's entropy, which has no gradient.
 
     Args:
         outputs: logits [N, classes] of the network that trains.

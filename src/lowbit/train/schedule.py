@@ -12,7 +12,7 @@ KINDS = ("exponential", "linear", "sine")
 
 
 class Schedule:
-    """Moves the inverse temperature T of every SLB layer from 1 to `growth` (SLB, 2009.08695, section 3.2).
+    """Moves the inverse temperature T of every SLB layer from 1 to `growth` (SLB, 2009.08695).
 
     With u = (step / total_steps - start) / (end - start), clipped to 0..1::
 
@@ -24,8 +24,8 @@ class Schedule:
     ``kind="exponential"``, ``growth = speed ** ((end - start) * epochs)``, see `published_growth`. Keep the total growth,
     not the speed, when epochs are fewer, and below about 30 epochs move T every step.
 
-    Every quantizer is also told the part of the run that is done (`anneal`): IR-Net and ReCU go by it. A no-op for other
-    networks.
+    Every quantizer is also told the part of the run that is done (`anneal`): AdaBin, IR-Net and ReCU go by it. A no-op for
+    other networks.
 
     Args:
         model: a prepared network.

@@ -28,7 +28,7 @@ class _LinearUnit(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """XNOR-Net's AlexNet (Rastegari et al., ECCV 2016, arXiv 1603.05279, section 4.2 and the authors' model file).
+    """XNOR-Net's AlexNet (Rastegari et al., ECCV 2016, arXiv 1603.05279), after the authors' model file.
 
     96 11x11 with stride 4, BN, ReLU, M, BN; 256 5x5, M, BN; 384 3x3, BN; 384 3x3, BN; 256 3x3, M, BN; linear 4096, BN; linear
     4096, BN, ReLU; linear. M is 3x3 max pooling with stride 2. XNOR-Net writes BN - sign - convolution - M; `prepare` puts

@@ -84,7 +84,7 @@ def bireal_resnet18(
     """Bi-Real ResNet-18 for ImageNet: 16 blocks of one 3x3 convolution with a skip around it.
 
     As published: no nonlinearity but the sign; stem convolution, BN, max pooling; shortcuts that halve the size by 2x2
-    average pooling, 1x1 convolution, BN (1808.00278, figure 3). 11.69 million parameters, 1.68 G binary and 0.14 G float multiply-adds.
+    average pooling, 1x1 convolution, BN (1808.00278). 11.69 million parameters, 1.68 G binary and 0.14 G float multiply-adds.
     LNS adds PReLU (``nonlinearity="prelu"``), SLB has blocks conv-PReLU-BN (``order="conv-act-bn"`` as well).
 
     Args:
@@ -108,7 +108,7 @@ def bireal_resnet34(
     """Bi-Real ResNet-34 for ImageNet: 32 blocks of one 3x3 convolution with a skip around it.
 
     As published: no nonlinearity but the sign; stem convolution, BN, max pooling; shortcuts that halve the size by 2x2
-    average pooling, 1x1 convolution, BN (1808.00278, figure 3). 21.80 million parameters, 3.53 G binary and 0.14 G float multiply-adds.
+    average pooling, 1x1 convolution, BN (1808.00278). 21.80 million parameters, 3.53 G binary and 0.14 G float multiply-adds.
     LNS adds PReLU (``nonlinearity="prelu"``), SLB has blocks conv-PReLU-BN (``order="conv-act-bn"`` as well).
 
     Args:

@@ -73,8 +73,8 @@ class _RPReLUFunction(torch.autograd.Function):
 class RPReLU(nn.Module):
     """ReActNet's PReLU with a learned shift on both sides, one set of three numbers for each channel c.
 
-    ``y = PReLU(x - gamma[c]) + zeta[c]``, slope ``beta[c]`` below gamma (Liu et al., ECCV 2020, arXiv 2003.03488, section
-    4.2). gamma and zeta start at 0, beta at 0.25. Input and output ``[N, channels, ...]``. In training the gradient is
+    ``y = PReLU(x - gamma[c]) + zeta[c]``, slope ``beta[c]`` below gamma (Liu et al., ECCV 2020, arXiv 2003.03488).
+    gamma and zeta start at 0, beta at 0.25. Input and output ``[N, channels, ...]``. In training the gradient is
     computed in one go, from one saved tensor; it is that of the formula, with the parameters' sums in another order.
     """
 

@@ -21,7 +21,7 @@ __all__ = ["ReActNetA", "reactnet18", "reactnet_a"]
 def reactnet18(
     classes: int = 1000, in_channels: int = 3, width: int = 64, nonlinearity: Nonlinearity = "rprelu"
 ) -> nn.Module:
-    """ReActNet on ResNet-18: Bi-Real ResNet-18 with RPReLU behind every sum (2003.03488, table 2).
+    """ReActNet on ResNet-18: Bi-Real ResNet-18 with RPReLU behind every sum (2003.03488).
 
     Args:
         classes: number of outputs.
@@ -61,8 +61,8 @@ class _Skip(nn.Module):
 class ReActNetA(nn.Module):
     """3x3 stem with stride 2, BN; 13 blocks, each a 3x3 and a 1x1 binary convolution with a skip of its own; average; linear.
 
-    The blocks are those of MobileNet with full convolutions in place of the depthwise ones (2003.03488, section 4.1,
-    figure 4). The 3x3 keeps the channels and has the block's stride; its shortcut is the identity or 2x2 average pooling. The
+    The blocks are those of MobileNet with full convolutions in place of the depthwise ones (2003.03488 and
+    the authors' code). The 3x3 keeps the channels and has the block's stride; its shortcut is the identity or 2x2 average pooling. The
     1x1 keeps the channels or doubles them. Doubling is published as two 1x1 convolutions C -> C on the same signs, each
     with its own BN and the same shortcut, joined along channels; here that is one convolution C -> 2 C, its BN, and the
     shortcut joined with itself, which are the same numbers in one layer. No shortcut has parameters, so no 1x1

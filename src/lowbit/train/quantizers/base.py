@@ -227,7 +227,7 @@ def per_channel(x: Tensor, like: Tensor) -> Tensor:
 
 def magnitude(weight: Tensor) -> Tensor:
     """mean |W_o| per output channel o, shape [O], without a gradient: the scale that is nearest to W_o with sign(W_o)
-    (XNOR-Net, 1603.05279, equation 6)."""
+    (XNOR-Net, 1603.05279)."""
     return weight.detach().float().abs().mean(dim=tuple(range(1, weight.ndim)))
 
 

@@ -25,9 +25,9 @@ class _SignOpen(Sign):
 class BiReal(BinaryWeight):
     """q(w) = alpha_o sign(w) with alpha_o = mean|w_o| per output channel o (1808.00278, "magnitude-aware gradient").
 
-    Gradient: dq/dw = alpha_o for |w| < 1, else 0; alpha is a constant in it. The code that the authors published with ReActNet
-    passes the gradient without the factor alpha_o; we follow the paper. Adam, which both papers train with, does not
-    see the difference but for how alpha moves.
+    Gradient: dq/dw = alpha_o for |w| < 1, else 0; alpha is a constant in it. The PyTorch code that the authors published for
+    Bi-Real net and for ReActNet passes the gradient without the factor alpha_o; we follow the paper. Adam, which that code
+    trains with, does not see the difference but for how alpha moves; SGD does.
 
     These are ReActNet's weights too. The activations of Bi-Real net are ``sign`` with ``gradient="polynomial"``.
     """

@@ -31,7 +31,7 @@ def corrected_loss(q: Tensor, labels: Tensor, rho_plus: float, rho_minus: float)
         l~(q, y~) = [(1 - rho_{-y~}) l(q, y~) - rho_{y~} l(q, -y~)] / (1 - rho_{+1} - rho_{-1})
                   = (q - y~)^2 - 4 rho_{y~} y~ q / (1 - rho_{+1} - rho_{-1})          since l(q, -y~) = l(q, y~) + 4 q y~
 
-    so that E[l~(q, y~)] = l(q, y) over the noise, for either y (Natarajan et al. 2013, lemma 1). Its gradient (equation 18) is
+    so that E[l~(q, y~)] = l(q, y) over the noise, for either y (Natarajan et al. 2013, lemma 1). Its gradient is
     2 (q - y~) - 4 rho_{y~} y~ / (1 - rho_{+1} - rho_{-1}): the noise pushes |q| a little beyond 1. l~ itself may be negative.
 
     Args:
@@ -131,7 +131,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 @WEIGHTS.register("lns")
 class LNS(WeightQuantizer):
-    """W_b = mean|W| * sign(q), q = f_theta(W); the loss gains alpha * l~(q, sign(W)) (2010.04871, equations 16 to 18).
+    """W_b = mean|W| * sign(q), q = f_theta(W); the loss gains alpha * l~(q, sign(W)) (2010.04871, equations 16 and 17).
 
     f is `FilterMapping`, over the filters of the layer. sign passes gradients straight through to q (`gradient`), and from there
     they reach theta and W, which are trained together, end to end. mean|W| is one number for the layer and carries no gradient,

@@ -66,14 +66,12 @@ def _start(x: Tensor, codes: Codes) -> Tensor:
 class LSQ(WeightQuantizer):
     """q(w) = round(clip(w / s, -Qn, Qp)) s with one learned step s for the layer; Qn = 2^(K-1), Qp = 2^(K-1) - 1.
 
-    1902.08153, equations 1 and 2. Gradients: dq/dw = 1 for -Qn < w/s < Qp, else 0 (equation 5), and (equation 3) ::
+    Gradients (1902.08153): dq/dw = 1 for -Qn < w/s < Qp, else 0, and ::
 
         dq/ds = round(w/s) - w/s for -Qn < w/s < Qp;  -Qn for w/s <= -Qn;  Qp for w/s >= Qp
 
-    times 1 / sqrt(N Qp), N the number of weights of the layer (section 2.2). s starts at 2 mean|W| / sqrt(Qp) (section 2.1) and
-    is used as max(s, 1e-6). w is multiplied with float32(1/s), as everything is that the engine rounds.
-
-    s takes the weight decay of ordinary weights: the paper trains it like every other parameter.
+    times 1 / sqrt(N Qp), N the number of weights of the layer. s starts at 2 mean|W| / sqrt(Qp) and is used as max(s, 1e-6). w is
+    multiplied with float32(1/s), as everything is that the engine rounds. s takes the weight decay of ordinary weights.
     """
 
     allowed_bits = (2, 3, 4, 8)
@@ -103,9 +101,9 @@ class LSQ(WeightQuantizer):
 class LSQActivation(ActivationQuantizer):
     """`LSQ` for activations: codes 0 .. 2^B - 1 (Qn = 0, Qp = 2^B - 1), or two's complement with ``signed=True``.
 
-    The gradient of s is scaled by 1 / sqrt(N Qp), N the number of features of one input (1902.08153, section 2.2). s is set from the
-    first batch in training to 2 mean|x| / sqrt(Qp) (section 2.1), the mean of that over all processes; until then it is what normal
-    inputs (behind a ReLU if unsigned) would give. The buffer `initialised` tells, and goes with the state_dict.
+    The gradient of s is scaled by 1 / sqrt(N Qp), N the number of features of the layer (1902.08153), which we count in one input,
+    without the batch. s is set from the first batch in training to 2 mean|x| / sqrt(Qp), the mean of that over all processes; until
+    then it is what normal inputs (behind a ReLU if unsigned) would give. The buffer `initialised` tells, and goes with the state_dict.
 
     Args:
         bits: B.

@@ -27,14 +27,14 @@ class _PACT(torch.autograd.Function):
 
 @ACTIVATIONS.register("pact")
 class PACT(ActivationQuantizer):
-    """q(x) = round(clip(x, 0, a) n / a) a / n with n = 2^B - 1 and a learned (1805.06085, equations 1 to 3).
+    """q(x) = round(clip(x, 0, a) n / a) a / n with n = 2^B - 1 and a learned, one for the layer (1805.06085).
 
-    Gradients: dq/dx = 1 on [0, a), else 0; dq/da = 1 for x >= a, else 0. Give `alpha` weight decay, as the paper does
-    (`parameter_groups` does).
+    Gradients: dq/dx = 1 on [0, a), else 0; dq/da = 1 for x >= a, else 0. The paper regularises a by its square: `alpha` takes
+    the weight decay of ordinary weights (`parameter_groups`).
 
     Args:
         bits: B.
-        alpha: where a starts; the paper starts at 10, small networks want less.
+        alpha: where a starts.
     """
 
     allowed_bits = (2, 3, 4, 5, 6, 7, 8)

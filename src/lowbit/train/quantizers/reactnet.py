@@ -11,11 +11,12 @@ from lowbit.train.quantizers.sign import BinaryActivation, SignPolynomial
 
 @ACTIVATIONS.register("reactnet")
 class RSign(BinaryActivation):
-    """q(x) = sign(x - beta_c) with a learned beta_c per input channel c, 0 at the start (2003.03488, section 4.2, RSign).
+    """q(x) = sign(x - beta_c) with a learned beta_c per input channel c, 0 at the start (2003.03488, RSign).
 
-    Gradients: dq/dx = 2 - 2 |x - beta_c| for |x - beta_c| < 1, else 0 (Bi-Real net, 1808.00278, equation 8), and
-    dL/dbeta_c = -sum of dL/dx over the channel. The paper has -1 at x = beta_c; as everywhere here it is +1. The authors' code
-    learns -beta_c as the bias of the channel: the same numbers. The shifts take no weight decay (`parameter_groups`).
+    Gradients, as in the authors' code: dq/dx = 2 - 2 |x - beta_c| for |x - beta_c| < 1, else 0 (that of Bi-Real net, 1808.00278),
+    and dL/dbeta_c = -sum of dL/dx over the channel. That code learns -beta_c as a bias of the channel: the same numbers, but for
+    x = beta_c, where it has 0 and everything here +1. The shifts take no weight decay (`parameter_groups`); in that code
+    they have the weights' 1e-5 while only activations are binary, then none.
 
     Behind a flatten or before a linear layer every feature is a channel. In a Graph the shift is an `add` before `quantize`.
     ReActNet's weights are `bireal`; its RPReLU is a matter of the model.

@@ -36,23 +36,24 @@ class ReCU(BinaryWeight):
         w'  = 2 sqrt(2) (w - mean_o) / sqrt(var_o + 1e-5)
         w'' = clamp(w', -Q, Q),  Q = -mean|W'| ln(2 - 2 tau)
 
-    Q is the tau-quantile of a Laplace distribution with the layer's mean|W'| (2103.12369, section 3). Weights beyond it, which
-    would hardly ever change their sign, are moved to it. tau grows over the run from `tau_min` to `tau_max` as
-    A e^progress + B (the paper's exponential scheduler); `Schedule` moves it.
+    Q is the tau-quantile of a Laplace distribution with the layer's mean|W'| (2103.12369). Weights beyond it, which would hardly
+    ever change their sign, are moved to it. tau grows over the run from `tau_min` to `tau_max` as A e^progress + B
+    with A = (tau_max - tau_min) / (e - 1), as in the authors' code; `Schedule` moves it.
 
     Gradient: dsign/dw'' = 1, dw''/dw' = 1 for |w'| <= Q, else 0, then that of w' in w, exactly; Q is a constant. var is unbiased
     and 2 sqrt(2) is the spread in the authors' code, which we follow.
 
     alpha_o is learned, one per output channel, as in the authors' code: dL/dalpha_o = sum over o of dL/dq sign(w''). It starts
     at mean|w'_o| (1 where that is 0), the scale that is nearest to w'; their code draws it from (0, 1). A batch norm behind the
-    layer takes in either. It takes no weight decay. The clamp changes no sign: it acts by the gradient alone.
+    layer takes in either. It takes no weight decay (there it takes the weights'). The clamp changes no sign: it acts by
+    the gradient alone.
 
     Their activations are ``sign`` with ``gradient="polynomial"``; in training their code also divides every image's
-    activations by their standard deviation before the sign, which is left out here.
+    activations by their standard deviation before the sign, which changes what the polynomial cuts off and is left out here.
 
     Args:
         bits: 1.
-        tau_min, tau_max: tau at the start and at the end, 0.5 < tau_min <= tau_max < 1.
+        tau_min, tau_max: tau at the start and at the end, 0.5 < tau_min <= tau_max < 1; 0.85 and 0.99 as published.
     """
 
     alpha: nn.Parameter

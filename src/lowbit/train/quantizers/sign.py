@@ -1,7 +1,7 @@
 """Sign: weights and activations in {-1, +1} with straight-through estimators; what all binary methods share.
 
-BinaryConnect / BinaryNet: Courbariaux et al. 2016 (arXiv 1602.02830). The piecewise polynomial gradient for activations:
-Bi-Real net, Liu et al., ECCV 2018 (arXiv 1808.00278), equation 8.
+BinaryNet: Courbariaux et al. 2016 (arXiv 1602.02830). The piecewise polynomial gradient for activations: Bi-Real net, Liu et
+al., ECCV 2018 (arXiv 1808.00278).
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class BinaryActivation(ActivationQuantizer):
 class SignSTE(BinaryWeight):
     """q(w) = sign(w), dq/dw = 1 (identity straight-through estimator); sign(0) = +1.
 
-    There is no scale: a batch normalisation behind the layer absorbs it (1602.02830, section 1.1 and 1.3).
+    The weights of BinaryNet (1602.02830), which has no scale either: a batch normalisation behind the layer absorbs one. BinaryNet
+    also clips the latent weights to [-1, 1] after every step; here they are left alone.
     """
 
     def fake(self, latent: Tensor) -> Tensor:
@@ -106,8 +107,8 @@ class SignActivation(BinaryActivation):
 
     Args:
         bits: 1.
-        gradient: ``"clipped"``: dq/dx = 1 for |x| <= 1, else 0 (1602.02830, equation 4); ``"polynomial"``:
-            dq/dx = 2 - 2 |x| for |x| < 1, else 0 (ApproxSign of Bi-Real net, 1808.00278, equation 8).
+        gradient: ``"clipped"``: dq/dx = 1 for |x| <= 1, else 0 (BinaryNet, 1602.02830); ``"polynomial"``:
+            dq/dx = 2 - 2 |x| for |x| < 1, else 0 (ApproxSign of Bi-Real net, 1808.00278).
     """
 
     def __init__(self, bits: int = 1, gradient: str = "clipped") -> None:

@@ -41,8 +41,8 @@ class SLB(WeightQuantizer):
     """W_c = sum_i P_i v_i with P = softmax(A T) in training; W_q = v_argmax(A) at inference.
 
     A are the logits, one per weight and value, V = {v_1 .. v_m} with m = 2^K evenly spaced in [-1, 1], and T the
-    inverse temperature that grows during training (2009.08695, equations 4 to 8; `Schedule` moves T). The gradient is
-    exact, there is no straight-through estimator: dL/dA_i = T P_i (v_i - W_c) dL/dW_c.
+    inverse temperature that grows during training (2009.08695; `Schedule` moves T). The gradient is exact, there is no
+    straight-through estimator: dL/dA_i = T P_i (v_i - W_c) dL/dW_c.
 
     Logits have shape [m, O, ...], values in ascending order. K = 1 is stored as one logit b = (A_2 - A_1) / sqrt(2) of
     shape [O, ...]: then W_c = tanh(T b / sqrt(2)), and b moves under SGD exactly as the two logits would, with the same

@@ -25,14 +25,15 @@ class _XNOR(torch.autograd.Function):
 
 @WEIGHTS.register("xnor")
 class XNOR(BinaryWeight):
-    """q(w) = alpha_o sign(w) with alpha_o = mean|w_o| per output channel o (1603.05279, equations 5 and 6).
+    """q(w) = alpha_o sign(w) with alpha_o = mean|w_o| per output channel o (1603.05279).
 
-    Gradient (section 3.1, "Training"): dL/dw_i = dL/dq_i (1/n + alpha_o dsign/dw_i) with n weights per output channel and
-    dsign/dw = 1 for |w| <= 1, else 0. This is the paper's own, elementwise reading of the product rule. The authors' code
-    multiplies it by n - n / (input channels), centres the weights and clips them to [-1, 1] after every step; we follow the paper.
+    Gradient: dL/dw_i = dL/dq_i (1/n + alpha_o dsign/dw_i) with n weights per output channel and dsign/dw = 1 for |w| <= 1, else
+    0. This is the paper's own, elementwise reading of the product rule. The authors' code also multiplies it by 1 - 1 / (input
+    channels), and with SGD by n; before every step it takes the mean over the input channels off the weights and clips them to
+    [-1, 1]. We follow the paper.
 
-    The paper also scales every position of the output by K, the mean of |x| over the window that it comes from. K is left out:
-    activations are plain `sign`.
+    The paper also scales every position of the output by K, the mean of |x| over the window that it comes from. K is left out, as
+    in the authors' code: activations are plain `sign`.
     """
 
     def fake(self, latent: Tensor) -> Tensor:
