@@ -1,48 +1,15 @@
-"""Every recipe goes through the real parser and builds its network; every mistake is one clear error."""
+"""Recipes: what --set changes; every mistake is one clear error. The recipes that ship: test_recipes.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 
-from lowbit.train.recipe import RecipeError, differing_keys, load_recipe, parse_recipe
-from lowbit.train.rundir import InputSpec
-from lowbit.train.trainer import build_network, load_data
+from lowbit.train.recipe import RecipeError, differing_keys, load_recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "tables")
 DEMO = FOLDER / "fashion-mnist" / "bireal14-w1a1-slb-demo.yaml"
-
-
-def _id(path: Path) -> str:
-    return str(path.relative_to(FOLDER))
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=_id)
-def test_every_recipe_builds_its_network(path):
-    recipe = load_recipe(path)
-    assert recipe.name == path.stem, "a recipe has the name of its file"
-    assert recipe.description
-    spec = InputSpec.of(load_data(recipe))
-    model = build_network(recipe, spec)
-    x = torch.randint(0, 256, (2, spec.channels, spec.height, spec.width), dtype=torch.uint8)
-    with torch.no_grad():
-        assert model.eval()(x).shape == (2, len(spec.classes))
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=_id)
-def test_resolved_recipes_read_back_equal(path):
-    recipe = load_recipe(path)
-    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
-
-
-def test_names_are_unique():
-    names = [path.stem for path in RECIPES]
-    assert len(set(names)) == len(names)
-    assert names
 
 
 def test_set():

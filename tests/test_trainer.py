@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lowbit.train import rundir
 from lowbit.train.data import DATASETS, ImageData
+from lowbit.train.module import lr_factor
 from lowbit.train.recipe import Recipe, RecipeError, parse_recipe
 from lowbit.train.rundir import RunError, columns, read_metrics, read_run
 from lowbit.train.trainer import load_run, train
@@ -348,3 +349,19 @@ def test_settings_run(tmp_path, changes):
         recipe(train__epochs=1, **changes) if "train__epochs" not in changes else recipe(**changes), tmp_path / "r"
     )
     assert result.run["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"train__lr_schedule": "linear"}, [1, 0.75, 0.5, 0.25, 0]),
+        ({"train__lr_schedule": "linear", "train__warmup": 1.0}, [0.5, 1, 1, 0.5, 0]),
+        ({"train__lr_schedule": "cosine"}, [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0]),
+        ({"train__lr_schedule": "step", "train__milestones": [0.5, 1]}, [1, 0.1, 0.01, 0.01, 0.01]),
+        ({"train__lr_schedule": "constant"}, [1, 1, 1, 1, 1]),
+    ],
+)
+def test_learning_rates(schedule, expected):
+    """Two epochs of two steps; the last number is that of the step behind the end."""
+    made = recipe(train__epochs=2, **schedule)
+    assert [lr_factor(made, 2, step) for step in range(5)] == pytest.approx(expected)

@@ -1,0 +1,348 @@
+"""The recipes and tables that ship: each parses, each builds its network, each cell of the papers' tables trains, exports and proves.
+
+Training is two steps on generated images of the official layouts, through ``lowbit train`` and ``lowbit export``: narrow
+networks on small images here, the networks as published, at full size, marked slow (``make test-recipes``).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from generated import shortened, write_cifar, write_imagenet
+from lowbit import cli
+from lowbit.train.data import cifar
+from lowbit.train.data.shards import write_shards
+from lowbit.train.network import build_network
+from lowbit.train.recipe import load_recipe, parse_recipe
+from lowbit.train.rundir import InputSpec
+from lowbit.train.table import Cell, load_table
+from lowbit.train.trainer import load_data
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "recipes"
+TABLES = sorted((FOLDER / "tables").glob("*.yaml"))
+PAPERS = [path for start in ("slb-", "lns-", "compared-") for path in TABLES if path.stem.startswith(start)]
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path not in TABLES)
+
+pytestmark = pytest.mark.filterwarnings("ignore:LNS with rho_plus = 0.2:UserWarning")
+
+
+def _id(path: Path) -> str:
+    return str(path.relative_to(FOLDER))
+
+
+# ------------------------------------------------------------------------------------------------ every file
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=_id)
+def test_every_recipe_builds_its_network(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem, "a recipe has the name of its file"
+    assert recipe.description
+    spec = InputSpec.of(load_data(recipe))
+    model = build_network(recipe, spec)
+    x = torch.randint(0, 256, (2, spec.channels, spec.height, spec.width), dtype=torch.uint8)
+    with torch.no_grad():
+        assert model.eval()(x).shape == (2, len(spec.classes))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=_id)
+def test_resolved_recipes_read_back_equal(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_names_are_unique() -> None:
+    names = [path.stem for path in (*RECIPES, *TABLES)]
+    assert len(set(names)) == len(names)
+    assert names
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_cell_of_every_table_resolves(path: Path) -> None:
+    table = load_table(path)
+    assert table.name == path.stem, "a table has the name of its file"
+    assert table.config.title
+    assert table.config.description
+    cells = table.cells()
+    assert len(cells) == len(table.labels) * table.config.seeds
+    for cell in table.cells(1):
+        read = parse_recipe(yaml.safe_load(cell.recipe.to_yaml()))
+        assert read == cell.recipe
+    published = table.config.published
+    assert published is None or {cell.recipe.data.name for cell in cells} == {published.dataset}
+
+
+SLB = {
+    "slb-vgg-small-cifar10": 12,
+    "slb-resnet20-cifar10": 12,
+    "slb-bireal-resnet18-imagenet": 9,
+}
+
+
+def test_the_33_cells_of_slb() -> None:
+    """Bits, published accuracy and the temperature's schedule of every cell, as the paper has them."""
+    count = 0
+    for name, expected in SLB.items():
+        table = load_table(FOLDER / "tables" / f"{name}.yaml")
+        published = table.config.published
+        assert published is not None
+        assert len(table.labels) == expected
+        assert set(published.values) == set(published.runs) == set(table.labels)
+        for cell in table.cells(1):
+            q, s, t = cell.recipe.quantize, cell.recipe.schedule, cell.recipe.train
+            weights, activations = map(int, cell.label.split("/"))
+            assert (q.weight_bits, q.activation_bits, q.method, q.edges) == (weights, activations, "slb", "float")
+            # 1.03 for one bit, 1.04 for 1/32 and two, 1.05 for 2/32 and four, 1.06 for 4/32; ImageNet 1.05
+            level = {1: 0, 2: 1, 4: 2}[weights] + (activations == 32)
+            speed = 1.05 if "imagenet" in name else (1.03, 1.04, 1.05, 1.06)[level]
+            assert (s.speed, s.start, s.end, s.every) == (speed, 0.3 if "vgg" in name else 0.4, 0.9, "epoch")
+            assert t.epochs == (240 if "imagenet" in name else 500)
+            count += 1
+    assert count == 33
+
+
+# ------------------------------------------------------------------------------------------------ every cell
+
+
+def _cells() -> dict[str, Cell]:
+    """The cells of the papers' tables, one seed, by name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowbit.train.quantizers.lns.HIGH_RATE", 1.0)  # no warning while tests are collected
+        cells = [cell for path in PAPERS for cell in load_table(path).cells(1)]
+    return {cell.recipe.name.removesuffix("-seed0"): cell for cell in cells}
+
+
+def _network(cell: Cell) -> str:
+    """What tells two networks apart when they are built and frozen."""
+    recipe = cell.recipe
+    options = {key: value for key, value in recipe.quantize.options.items() if key not in ("alpha", "rho")}
+    quantize = {**recipe.quantize.model_dump(), "options": options}
+    if quantize["activation"] == "auto" and quantize["activation_bits"] == 1:
+        quantize["activation"] = "sign"
+    return json.dumps([recipe.data.name, recipe.model.model_dump(), quantize], sort_keys=True)
+
+
+def _distinct(cells: dict[str, Cell]) -> dict[str, Cell]:
+    """Of the cells with one network the first."""
+    found: dict[str, tuple[str, Cell]] = {}
+    for name, cell in cells.items():
+        found.setdefault(_network(cell), (name, cell))
+    return dict(found.values())
+
+
+CELLS = _cells()
+DISTINCT = _distinct(CELLS)
+
+
+def lowbit(*arguments: object) -> None:
+    """The command line, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lowbit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.run()
+    assert not stop.value.code, f"lowbit {' '.join(map(str, arguments))}"
+
+
+class Runs:
+    """Runs of cells, each trained when it is first asked for, so that those that start from others find them.
+
+    Args:
+        folder: where the run directories go.
+        changes: the --set of a cell.
+    """
+
+    def __init__(self, folder: Path, changes: Callable[[Cell], Sequence[str]]) -> None:
+        self.folder, self.changes = folder, changes
+        self.done: dict[str, Path] = {}
+
+    def train(self, cell: Cell, *more: str) -> Path:
+        """The run directory of a cell; ``more`` are further changes."""
+        key = " ".join([cell.recipe.name, *more])
+        if key not in self.done:
+            before = {name: self.train(need) for name, need in cell.needs.items()}
+            run_dir = self.folder / f"run{len(self.done)}"
+            file = run_dir.with_suffix(".yaml")
+            file.write_text(cell.resolve(before).to_yaml(), encoding="utf-8")
+            lowbit("train", file, "--run-dir", run_dir, *sets([*self.changes(cell), *more]))
+            assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
+            with (run_dir / "metrics.csv").open(newline="") as rows:
+                assert [row["step"] for row in csv.DictReader(rows)] == ["2"]
+            self.done[key] = run_dir
+        return self.done[key]
+
+
+def prove(run_dir: Path) -> None:
+    """Export a run, and look at what the proof says."""
+    lowbit("export", run_dir)
+    proof = json.loads((run_dir / "proof.json").read_text())
+    assert proof["integers_differ"] == 0
+    assert proof["integers"] > proof["inputs"] > 0
+    assert proof["failures"] == []
+    assert (run_dir / "model.lowbit").stat().st_size == proof["file_bytes"]
+
+
+def sets(changes: Sequence[str]) -> list[str]:
+    """As arguments."""
+    return [word for change in changes for word in ("--set", change)]
+
+
+def two_steps(cell: Cell, batch_size: int) -> list[str]:
+    """Changes for one epoch of two steps, and an evaluation on held-out images."""
+    train = cell.recipe.train
+    return [
+        "train.epochs=1",
+        f"train.batch_size={batch_size}",
+        f"data.train_images={2 * batch_size}",
+        f"train.calibration_images={2 * batch_size}",
+        f"train.eval_batch_size={4 * batch_size}",
+        "train.final=false",
+        "train.device=cpu",
+        "train.workers=0",
+        *(["train.warmup=0.5"] if train.warmup else []),
+        *(["train.warm_start=0.5"] if train.warm_start else []),
+    ]
+
+
+@pytest.fixture(scope="module")
+def cifar_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """CIFAR-10 with 10 images in a batch in place of 10,000, 8 held out in place of 5,000."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar, "CIFAR10", shortened(cifar.CIFAR10, 10))
+        patch.setattr(cifar, "VALIDATION", 8)
+        yield write_cifar(tmp_path_factory.mktemp("cifar"), cifar.CIFAR10)
+
+
+@pytest.fixture(scope="module")
+def imagenet_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageNet with 4 classes of 5 small images."""
+    return write_imagenet(tmp_path_factory.mktemp("imagenet"), classes=4, train=5, val=2)
+
+
+WIDTHS = {"alexnet": 6, "vgg_small": 8}  # of the others 4
+
+
+def narrow(cell: Cell) -> list[str]:
+    """Changes for a narrow network on small images."""
+    name = cell.recipe.model.name
+    width = f"model.width={WIDTHS.get(name, 4)}"
+    if cell.recipe.data.name == "cifar10":
+        return [width]
+    size = 64 if name == "alexnet" else 32
+    return [width, "data.validation_images=8", f"data.size={size}", f"data.resize={size + 4}"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, cifar_root: Path, imagenet_root: Path) -> Iterator[Runs]:
+    """Narrow networks on small images, proved on 16 of them."""
+    roots = {"cifar10": cifar_root, "imagenet_folder": imagenet_root}
+
+    def changes(cell: Cell) -> list[str]:
+        return [*two_steps(cell, 4), *narrow(cell), f"data.root={roots[cell.recipe.data.name]}"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        # the trial before training freezes a copy, which takes longer than the two steps; the export freezes it anyway
+        patch.setattr("lowbit.train.trainer._try_out", lambda *_: [])
+        yield Runs(tmp_path_factory.mktemp("small"), changes)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_every_cell_of_the_tables_trains_exports_and_proves(name: str, small: Runs) -> None:
+    run_dir = small.train(CELLS[name])
+    if name in DISTINCT:  # the same network is frozen once
+        prove(run_dir)
+
+
+def test_the_two_statistics_of_slb(small: Runs) -> None:
+    """What the comment in SLB's tables says to set."""
+    prove(small.train(CELLS["slb-vgg-small-cifar10-2-2"], "quantize.state_batchnorm=true"))
+
+
+def test_shards(small: Runs, imagenet_root: Path, tmp_path: Path) -> None:
+    write_shards(imagenet_root, tmp_path / "shards", samples=6)
+    cell = CELLS["lns-imagenet-alexnet-baseline"]
+    prove(small.train(cell, "data.name=imagenet_shards", f"data.root={tmp_path / 'shards'}"))
+
+
+def test_in_a_process_of_its_own(imagenet_root: Path, tmp_path: Path) -> None:
+    """As a user starts it: nothing patched, images decoded by worker processes."""
+    cell = CELLS["lns-imagenet-alexnet-baseline"]
+    file, run_dir = tmp_path / "cell.yaml", tmp_path / "run"
+    file.write_text(cell.recipe.to_yaml(), encoding="utf-8")
+    changes = [*two_steps(cell, 4), *narrow(cell), f"data.root={imagenet_root}", "train.workers=2"]
+    for words in (["train", file, "--run-dir", run_dir, *sets(changes)], ["export", run_dir]):
+        subprocess.run([sys.executable, "-m", "lowbit", *words], check=True)
+    assert json.loads((run_dir / "proof.json").read_text())["integers_differ"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ at full size
+
+
+@pytest.fixture(scope="module")
+def thousand_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ImageNet with its 1000 classes, one image of each, about the size they have, none in val."""
+    return write_imagenet(tmp_path_factory.mktemp("imagenet"), classes=1000, train=1, val=0, size=(400, 350))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory, cifar_root: Path, thousand_classes: Path) -> Runs:
+    """The networks as published: their widths, 224x224 images and 1000 classes. Proved on a few images."""
+
+    def changes(cell: Cell) -> list[str]:
+        if cell.recipe.data.name == "cifar10":
+            return [*two_steps(cell, 4), f"data.root={cifar_root}"]
+        return [*two_steps(cell, 2), f"data.root={thousand_classes}", "data.validation_images=2"]
+
+    return Runs(tmp_path_factory.mktemp("full"), changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DISTINCT)
+def test_every_network_at_full_size(name: str, full: Runs) -> None:
+    prove(full.train(DISTINCT[name]))
+
+
+@pytest.fixture(scope="module")
+def official_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10 with all its 60,000 images, 176 MiB."""
+    return write_cifar(tmp_path_factory.mktemp("official"), cifar.CIFAR10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_lowbit_compare_on_every_table(path: Path, official_cifar: Path, imagenet_root: Path, tmp_path: Path) -> None:
+    """A cell of each table, one that starts from another where there is one, by the command line in a process of its own."""
+    cells = load_table(path).cells(1)
+    simple = [cell for cell in cells if not cell.recipe.train.warm_start and cell.recipe.train.distill is None]
+    cell = next((cell for cell in simple if cell.needs), simple[0])
+    roots = {"cifar10": official_cifar, "imagenet_folder": imagenet_root}
+    changes = [*two_steps(cell, 4), *narrow(cell), f"data.root={roots[cell.recipe.data.name]}"]
+    places = ["--out", tmp_path / "runs", "--cells", tmp_path / "results"]
+    command = [
+        "compare",
+        path,
+        "--only",
+        cell.label,
+        "--seeds",
+        "1",
+        "--jobs",
+        "1",
+        "--no-test",
+        *places,
+        *sets(changes),
+    ]
+    subprocess.run([sys.executable, "-m", "lowbit", *command], check=True)
+    results = list((tmp_path / "results" / path.stem).glob("*seed0.json"))
+    assert len(results) == len(cell.with_needs()) or len(results) == 1
+    found: dict[str, Any] = json.loads(results[0].read_text())
+    assert found["results"]["validation"]["images"] > 0
