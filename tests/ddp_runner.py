@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from lowbit.train.data import DataError
 from lowbit.train.distributed import RankError
@@ -24,6 +25,24 @@ from test_trainer import Stop, recipe  # registers the data set, too
 
 METHODS = ("sign", "slb", "lns")
 STEPS = 10
+
+
+class Own(nn.Module):
+    """A model of anybody's own: its first batch sets a parameter, each process to something else, and one layer is not used."""
+
+    def __init__(self, classes: int, width: int, blocks: int) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Linear(width, classes)
+        self.unused = nn.Linear(blocks, 2)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.fresh = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.conv(x))
+        if self.training and self.fresh:
+            self.scale.data.copy_(x[:, 0, :3].abs().mean())
+            self.fresh = False
+        return self.head((x * self.scale).relu().mean((2, 3)))
 
 
 def untried() -> Any:
@@ -82,6 +101,7 @@ def same(folder: Path) -> dict[str, Any]:
         quantize__state_batchnorm=True, train__epochs=1,
     )  # fmt: skip
     found["lsq"] = recorded(lsq, folder / "two-lsq")
+    found["own"] = recorded(recipe(model__name="ddp_runner:Own", train__epochs=1), folder / "two-own")
     return found
 
 
