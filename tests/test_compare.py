@@ -291,6 +291,14 @@ def test_labels_may_be_numbers(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ what is the same cell
 
 
+def test_a_cell_may_have_seeds_of_its_own(tmp_path):
+    cells = {**PAIR["cells"], "slow": {**PAIR["cells"]["slow"], "seeds": 3}}
+    table = load(tmp_path, {**PAIR, "cells": cells})
+    assert [cell.run for cell in table.cells() if cell.label == "slow"] == ["seed0", "seed1", "seed2"]
+    assert {cell.run for cell in table.cells() if cell.label != "slow"} == {"seed0", "seed1"}
+    assert {cell.run for cell in table.cells(1)} == {"seed0"}
+
+
 def test_the_hash_is_of_what_matters(tmp_path: Path) -> None:
     def of(tree: dict[str, Any], label: str, *overrides: str, **changes: Any) -> str:
         return load(tmp_path, tree, *overrides, **changes).cells(1, [label])[0].hash
@@ -791,7 +799,7 @@ def test_the_table_of_results(tmp_path: Path, places: Places) -> None:
     assert "| fast | 93.00 +- 1.00 | 3 | 93.4 | 93 | 2 | 1.5 |" in text
     assert "| slow | 91.00 +- 1.00 | 3 | 92.0 |  | 2 | 1.5 |" in text
     assert "| fast less slow | +2.00 | -0.48 to +4.48 | 3 | not resolved |" in text
-    assert f"lowbit compare {table.path} --seeds 3\n" in text
+    assert f"lowbit compare {table.path}\n" in text
     page = Text(written[2])
     assert not page.loads
     for words in (

@@ -33,7 +33,7 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
     else the result on the held-out images.
 
     Returns:
-        ``format, table, title, description, path, seeds, metric, unit, split, cells, comparisons, published, machines,
+        ``format, table, title, description, path, seeds`` (as asked for), ``metric, unit, split, cells, comparisons, published, machines,
         versions, code, dates, seconds``. Values are in the metric's own unit (accuracy: 0 to 1), published ones in the
         paper's (percent). A cell: ``label, n, missing`` (seeds), ``values`` (seed -> value), ``mean, sd, published, runs,
         epochs, parameters, warnings, curves`` and the means of ``seconds, gap, flips_start, images_per_second``. A
@@ -66,7 +66,7 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
         "title": table.config.title or table.name,
         "description": " ".join(table.config.description.split()),
         "path": table.path.as_posix(),
-        "seeds": table.config.seeds if seeds is None else seeds,
+        "seeds": seeds,
         "metric": metric,
         "unit": unit(metric)[0],
         "split": split,
@@ -187,7 +187,8 @@ def _heading(tree: Mapping[str, Any]) -> str:
 
 def command(tree: Mapping[str, Any]) -> str:
     """What makes the table."""
-    return f"lowbit compare {tree['path']} --seeds {tree['seeds']}{'' if tree['split'] == 'test' else ' --no-test'}"
+    seeds = "" if tree["seeds"] is None else f" --seeds {tree['seeds']}"
+    return f"lowbit compare {tree['path']}{seeds}{'' if tree['split'] == 'test' else ' --no-test'}"
 
 
 def table_rows(tree: Mapping[str, Any]) -> list[list[str]]:
@@ -379,7 +380,8 @@ def render(table: Table, tree: Mapping[str, Any]) -> str:
     keys, settings, recipe = _settings(table)
     done = sum(row["n"] for row in tree["cells"])
     best = max((row for row in tree["cells"] if row["n"]), key=lambda row: row["mean"], default=None)
-    cards = [(f"{done} of {tree['seeds'] * len(tree['cells'])}", "runs", f"{len(tree['cells'])} cells")]
+    wanted = sum(row["n"] + len(row["missing"]) for row in tree["cells"])
+    cards = [(f"{done} of {wanted}", "runs", f"{len(tree['cells'])} cells")]
     if best is not None:
         cards.append((show(best["mean"], metric), f"best {tree['split']} {metric}", f"{best['label']}, mean"))
     if tree["comparisons"]:

@@ -18,7 +18,7 @@
     published:                           # shown where a cell's data set is the paper's
       {dataset: cifar10, metric: accuracy, source: "SLB, Table 1", values: {"1/1": 92.0}, runs: {"1/1": 92.4}}
     compare: [[tuned, float]]            # paired differences; by default every cell less the first
-    seeds: 3                             # 0, 1, 2
+    seeds: 3                             # 0, 1, 2; a cell may have seeds: of its own
     tune:                                # what is tried on the held-out images before the table is run
       set: {train.epochs: 20}
       seed: 1000
@@ -62,7 +62,7 @@ TEACHER: Final = "train.distill.teacher"
 _LABEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(/[A-Za-z0-9][A-Za-z0-9._+-]*)*")
 _OWNED: Final = ("name", "description", "seed")
 """Fields of a recipe that the runner fills in."""
-_ELSEWHERE: Final = (("name",), ("description",), ("data", "root"), ("train", "device"))
+_ELSEWHERE: Final = (("name",), ("description",), ("data", "root"), ("train", "device"), ("train", "workers"))
 """Fields that say where a run is made, not what is made."""
 
 
@@ -87,12 +87,14 @@ class CellConfig(Strict):
         after: the cell whose run of the same seed it starts from, put at the key ``start``.
         start: where the run directory goes.
         teacher: the cell whose run of the same seed teaches it, put at ``train.distill.teacher``.
+        seeds: how many, where not as many as the table says.
     """
 
     set: Changes = Field(default_factory=dict)
     after: Label | None = None
     start: str = START
     teacher: Label | None = None
+    seeds: Annotated[int, Field(ge=1)] | None = None
 
     @property
     def needs(self) -> dict[str, str]:
@@ -252,7 +254,7 @@ class Table:
         """Cells of the grid and beside it, label by label, seeds 0 .. seeds-1.
 
         Args:
-            seeds: how many; by default what the table says.
+            seeds: how many of each; by default what the cell says, or the table.
             labels: of these cells only; by default all.
 
         Raises:
@@ -260,8 +262,11 @@ class Table:
         """
         wanted = self._wanted(labels)
         made: dict[tuple[str, str], Cell] = {}
-        count = self.config.seeds if seeds is None else seeds
-        return [self._cell(label, f"seed{seed}", seed, made) for label in wanted for seed in range(count)]
+
+        def count(label: str) -> int:
+            return seeds or self.config.cells.get(label, CellConfig()).seeds or self.config.seeds
+
+        return [self._cell(label, f"seed{seed}", seed, made) for label in wanted for seed in range(count(label))]
 
     def tries(self, labels: Iterable[str] = ()) -> list[Cell]:
         """The runs of the table's ``tune`` section, label by label.

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lowbit.predict import SUFFIXES, ImageError, read_image
@@ -37,7 +38,8 @@ def _read(
     folders: list[Path], size: tuple[int, int], channels: int, resize: int | None, passed_over: list[str] | None
 ) -> tuple[Tensor, Tensor]:
     """All images. Names of broken ones are added to `passed_over`; with None the first is an error."""
-    images, labels = [], []
+    images: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
     for label, folder in enumerate(folders):
         paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
         before = len(images)
