@@ -21,7 +21,7 @@ def test_set():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.epoch=3", r"unknown key 'train\.epoch': did you mean 'epochs'\? Known: batch_size"),
+        ("train.epoch=3", r"unknown key 'train\.epoch': did you mean 'epochs'\? Known: accumulate, batch_size"),
         ("sede=1", r"unknown key 'sede': did you mean 'seed'\?"),
         ("data.augment.crp=1", r"unknown key 'data\.augment\.crp': did you mean 'crop'\?"),
         ("model.widht=8", r"unknown key 'model\.widht': did you mean 'width'\?"),
