@@ -47,6 +47,7 @@ _EXTRAS: Final = {
     "cli": ("PIL",),
     "train": ("jinja2", "lightning", "matplotlib", "pydantic", "tensorboard", "torch", "torchmetrics", "yaml"),
     "bench": ("onnx", "onnxruntime"),
+    "ray": ("ray",),
 }
 """Modules of each extra, to name it when one is missing."""
 
@@ -425,6 +426,14 @@ def compare(
     jobs: Annotated[
         int | None, typer.Option(help="Cells at once; by default one for each GPU, else for each core.", min=1)
     ] = None,
+    on: Annotated[
+        str,
+        typer.Option(
+            metavar="WHERE",
+            help="local: processes of this machine. ray or ray:HOST:PORT: the nodes of a Ray cluster, of which this machine "
+            "is one, by default RAY_ADDRESS's; --out lies on a file system that they share.",
+        ),
+    ] = "local",
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Where the runs go; by default runs/ and the table's name.")
     ] = None,
@@ -466,7 +475,6 @@ def compare(
     """
     from lowbit.train import aggregate, cells, compare
     from lowbit.train.table import load_table
-    from lowbit.train.workers import LocalExecutor
 
     if tune and (check or seeds):
         raise typer.BadParameter("--tune goes without --check-one and --seeds")
@@ -478,7 +486,7 @@ def compare(
     steps = cells.plan(wanted, places, test=test, refresh=refresh)
     on_cpu = all(cell.recipe.train.device == "cpu" for cell in wanted)
     devices = max(cell.recipe.train.devices or 1 for cell in wanted)
-    executor = LocalExecutor(jobs, "cpu" if on_cpu else "auto", devices)
+    executor = _executor(on, jobs, "cpu" if on_cpu else "auto", devices)
     if dry_run:
         _print_plan(steps, cells.read_results(wanted, places), executor.slots)
         return
@@ -486,7 +494,7 @@ def compare(
     failures = []
     if not check:
         cells.check_data(steps, test)
-        with _cell_lines() as show:
+        with _cell_lines(queued=on != "local") as show:
             try:
                 failures = compare.run(table.name, steps, places, executor, test=test, refresh=refresh, on_event=show)
             except KeyboardInterrupt:
@@ -505,9 +513,25 @@ def compare(
         for path in aggregate.write(table, tree, cells_dir):
             out.print(f"wrote [bold]{escape(str(path))}[/]", soft_wrap=True)
     if check:
-        _check_one(table.name, wanted, cells.read_results(wanted, places), executor, check_seed, tolerance)
+        folder = None
+        if on != "local":
+            (folder := places.runs).mkdir(parents=True, exist_ok=True)
+        _check_one(table.name, wanted, cells.read_results(wanted, places), executor, folder, check_seed, tolerance)
     if failures:
         raise typer.Exit(1)
+
+
+def _executor(where: str, jobs: int | None, device: str, devices: int) -> Executor:
+    from lowbit.train import workers
+
+    kind, _, address = where.partition(":")
+    if where == "local":
+        return workers.LocalExecutor(jobs, device, devices)
+    if kind != "ray" or where == "ray:":
+        raise typer.BadParameter(f"--on {where}: is local, ray or ray:HOST:PORT")
+    from lowbit.train.on_ray import RayExecutor
+
+    return RayExecutor(where if address.startswith("//") else address, jobs, device, devices)
 
 
 def _print_results(rows: Sequence[Sequence[str]], title: str) -> None:
@@ -536,6 +560,7 @@ def _check_one(
     wanted: Sequence[Cell],
     results: Mapping[tuple[str, str], Mapping[str, Any]],
     executor: Executor,
+    folder: Path | None,
     seed: int | None,
     tolerance: float | None,
 ) -> None:
@@ -549,8 +574,8 @@ def _check_one(
     )
     factor = cells.unit(results[cell.key]["metric"])[1]
     limit = None if tolerance is None else tolerance / factor
-    with _cell_lines() as show:
-        done = compare.check_one(table, cell, results, executor, tolerance=limit, on_event=show)
+    with _cell_lines(queued=folder is not None) as show:
+        done = compare.check_one(table, cell, results, executor, tolerance=limit, folder=folder, on_event=show)
     facts = _facts(f"check of {cell.title}")
     facts.add_row("stored", f"{cells.show(done.stored, done.metric)} ({done.split})")
     facts.add_row("again", cells.show(done.again, done.metric))
@@ -585,8 +610,11 @@ def _duration(seconds: float) -> str:
 
 
 @contextmanager
-def _cell_lines() -> Iterator[Callable[[Event], None]]:
-    """A line with a bar for each cell under way; where standard error is no terminal, lines as things happen."""
+def _cell_lines(queued: bool) -> Iterator[Callable[[Event], None]]:
+    """A line with a bar for each cell under way; where standard error is no terminal, lines as things happen.
+
+    ``queued``: a cell waits in a queue until a worker takes it, and the worker's node is shown.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -595,7 +623,8 @@ def _cell_lines() -> Iterator[Callable[[Event], None]]:
         TimeRemainingColumn(),
     )
     words = {
-        "start": "started",
+        "start": "queued" if queued else "started",
+        "place": "started",
         "wait": "is trained by another process; waiting",
         "finish": "finished",
         "fail": "failed",
@@ -606,12 +635,15 @@ def _cell_lines() -> Iterator[Callable[[Event], None]]:
         def show(event: Event) -> None:
             key = event.cell.key
             if event.kind == "start":
-                lines[key] = bars.add_task(escape(event.cell.title), total=event.total)
+                waits = " (queued)" if queued else ""
+                lines[key] = bars.add_task(escape(event.cell.title) + waits, total=event.total)
+            elif event.kind == "place" and key in lines:
+                bars.update(lines[key], description=escape(f"{event.cell.title} ({event.text})"))
             elif event.kind == "epoch" and key in lines:
                 bars.update(lines[key], completed=event.done)
             elif event.kind in ("finish", "fail", "retry") and key in lines:
                 bars.remove_task(lines.pop(key))
-            if event.kind != "epoch" and not (event.kind == "start" and err.is_terminal):
+            if event.kind != "epoch" and not (event.kind in ("start", "place") and err.is_terminal):
                 said = words.get(event.kind, event.kind) + (f": {event.text}" if event.text else "")
                 err.print(f"{escape(event.cell.title)}: {escape(said)}", soft_wrap=True, highlight=False)
 

@@ -26,15 +26,25 @@ import yaml
 import lowbit
 from lowbit.train.cells import FORMAT, Action, Places, Step, look, measured, plan, read_result, read_results, show
 from lowbit.train.evaluation import evaluate_run
+from lowbit.train.remote import HEADING, withdraw, worker_of
 from lowbit.train.rundir import RunError, read_metrics, read_run, write_json, write_text
 from lowbit.train.statistics import summary
 from lowbit.train.table import Cell, Table, stored_recipe
 from lowbit.train.workers import Executor, Job, lock
 
-__all__ = ["Check", "Event", "Failure", "best_tries", "check_one", "code_version", "draw", "run"]
+__all__ = ["Check", "Event", "Failure", "best_tries", "check_one", "code_version", "draw", "run", "source_digest"]
 
 CURVE_POINTS: Final = 100
 POLL_SECONDS: Final = 0.5
+
+
+def source_digest() -> str:
+    """SHA-256 of the Python files that train."""
+    home = Path(lowbit.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted((home / "train").rglob("*.py")):
+        digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def code_version() -> dict[str, Any]:
@@ -50,12 +60,9 @@ def code_version() -> dict[str, Any]:
             return None
         return done.stdout.strip()
 
-    digest = hashlib.sha256()
-    for path in sorted((home / "train").rglob("*.py")):
-        digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     version: dict[str, Any] = {
         "lowbit": lowbit.__version__,
-        "source": digest.hexdigest(),
+        "source": source_digest(),
         "commit": None,
         "dirty": None,
     }
@@ -70,8 +77,9 @@ def code_version() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Event:
-    """Something to show. ``kind``: "start", "epoch" (``done`` of ``total``), "wait" (another process trains this cell),
-    "retry" (its worker was killed), "finish" (``text`` says the result), "fail" (``text`` says why)."""
+    """Something to show. ``kind``: "start", "place" (a worker on the node ``text`` has it), "epoch" (``done`` of
+    ``total``), "wait" (another process trains this cell; ``text`` says which, where that is known), "retry" (its worker was
+    killed), "finish" (``text`` says the result), "fail" (``text`` says why)."""
 
     kind: str
     cell: Cell
@@ -95,7 +103,9 @@ class _Running:
     lock: int
     log_start: int
     tries: int
+    began_at: int
     epochs_done: int = -1
+    place: str = ""
 
 
 @contextmanager
@@ -131,7 +141,8 @@ def run(
 ) -> list[Failure]:
     """Do what a plan's cells need. A cell that fails loses only itself and those that start from it.
 
-    A cell whose worker was killed by a signal is resumed once. A cell that another process trains is waited for.
+    A cell whose worker was killed by a signal is resumed, and again as long as it comes further by an epoch. A cell that
+    another process trains, a worker on another machine too, is waited for.
     Interrupted (KeyboardInterrupt, SIGTERM), the workers are interrupted and everything can be resumed.
 
     Returns:
@@ -186,10 +197,14 @@ class _Runner:
             if need.key in pending or need.key in under_way:
                 return False
         descriptor = lock(self.places.beside(cell, ".lock").with_name(f".{cell.run}.lock"))
-        if descriptor is None:
+        run_dir = self.places.run_dir(cell)
+        free = descriptor is not None and withdraw(run_dir)
+        if descriptor is None or not free:
+            if descriptor is not None:
+                os.close(descriptor)
             if cell.key not in self.told:
                 self.told.add(cell.key)
-                self.on_event(Event("wait", cell))
+                self.on_event(Event("wait", cell, "" if free else worker_of(run_dir)))
             return False
         started = False
         try:
@@ -225,7 +240,8 @@ class _Runner:
         log = places.beside(cell, ".log")
         start = log.stat().st_size if log.is_file() else 0
         job = Job(places.beside(cell, ".yaml"), run_dir, log, step.action == Action.resume, self.test, descriptor)
-        self.running[self.executor.submit(job)] = _Running(step, descriptor, start, tries)
+        began_at = read_run(run_dir)["epochs_done"] if job.resume else 0
+        self.running[self.executor.submit(job)] = _Running(step, descriptor, start, tries, began_at)
         self.on_event(Event("start", cell, step.why, total=cell.recipe.train.epochs))
 
     def _head(self, cell: Cell) -> dict[str, Any]:
@@ -245,6 +261,7 @@ class _Runner:
     def _end(self, future: Future[int]) -> None:
         each = self.running.pop(future)
         step, cell, retried = each.step, each.step.cell, False
+        each.place = worker_of(self.places.run_dir(cell))
         try:
             code = future.result()
             if code == 0:
@@ -252,14 +269,15 @@ class _Runner:
                     self.on_event(Event("finish", cell, "its run directory is there again"))
                 else:
                     self._collect(cell)
-            elif code < 0 and each.tries == 1:
+            elif code < 0 and (each.tries == 1 or self._came_further(each)):
                 name = signal.Signals(-code).name
-                self.on_event(Event("retry", cell, f"its worker was killed ({name}); it goes on once more"))
-                retried = self._go(self._look(step), each.lock, tries=2)
+                self.on_event(Event("retry", cell, f"its worker was killed ({name}{_on(each)}); it goes on"))
+                retried = self._go(self._look(step), each.lock, tries=each.tries + 1)
             else:
                 log = self.places.beside(cell, ".log")
                 killed = f"its worker was killed twice ({signal.Signals(-code).name})" if code < 0 else ""
-                self._fail(cell, killed or _last_words(log, each.log_start) or f"exit status {code}", log)
+                words = killed or _last_words(log, each.log_start) or f"exit status {code}"
+                self._fail(cell, words + _on(each), log)
         except (RunError, ValueError, OSError) as error:
             self._fail(cell, str(error))
         finally:
@@ -270,8 +288,17 @@ class _Runner:
         self.failed[cell.key] = Failure(cell, error, log)
         self.on_event(Event("fail", cell, error))
 
+    def _came_further(self, each: _Running) -> bool:
+        with suppress(RunError):
+            return bool(read_run(self.places.run_dir(each.step.cell))["epochs_done"] > each.began_at)
+        return False
+
     def _watch(self) -> None:
         for each in self.running.values():
+            place = worker_of(self.places.run_dir(each.step.cell))
+            if place != each.place:
+                each.place = place
+                self.on_event(Event("place", each.step.cell, place))
             with suppress(RunError):
                 done = read_run(self.places.run_dir(each.step.cell))["epochs_done"]
                 if done != each.epochs_done:
@@ -326,12 +353,15 @@ def _clear(run_dir: Path) -> None:
     shutil.rmtree(run_dir)
 
 
+def _on(each: _Running) -> str:
+    return f", on {each.place}" if each.place else ""
+
+
 def _last_words(log: Path, start: int) -> str:
     """The error a worker ended with."""
     with suppress(OSError):
-        lines = [
-            line.strip() for line in log.read_bytes()[start:].decode(errors="replace").splitlines() if line.strip()
-        ]
+        text = log.read_bytes()[start:].decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(HEADING)]
         errors = [line for line in lines if line.startswith("error: ")]
         if errors or lines:
             return (errors or lines)[-1].removeprefix("error: ")
@@ -399,6 +429,7 @@ def check_one(
     executor: Executor,
     *,
     tolerance: float | None = None,
+    folder: Path | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Check:
     """Run a finished cell again, in a temporary folder, and hold the result against the stored one.
@@ -413,6 +444,7 @@ def check_one(
         results: of the table.
         executor: where.
         tolerance: another one, in the metric's own unit (accuracy: 0 to 1).
+        folder: where the temporary folder is made, if not in the system's: an executor of other machines has to see it.
         on_event: as for ``run``.
 
     Raises:
@@ -420,8 +452,8 @@ def check_one(
     """
     stored = results[cell.key]
     split, value = measured(stored)
-    with tempfile.TemporaryDirectory(prefix="lowbit-check-") as folder:
-        places = Places(Path(folder) / "runs", Path(folder) / "results")
+    with tempfile.TemporaryDirectory(prefix="lowbit-check-", dir=folder) as below:
+        places = Places(Path(below) / "runs", Path(below) / "results")
         test = split == "test"
         failures = run(table, plan([cell], places, test=test), places, executor, test=test, on_event=on_event)
         if failures:

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["Executor", "Job", "LocalExecutor", "default_jobs", "lock"]
+__all__ = ["Executor", "Job", "LocalExecutor", "default_jobs", "lock", "send_signal"]
 
 
 def lock(path: Path) -> int | None:
@@ -157,17 +157,17 @@ class LocalExecutor:
         with self._guard:
             self._stopped = True
             for process in self._running:
-                _signal(process, signal.SIGINT)
+                send_signal(process, signal.SIGINT)
         end = time.monotonic() + patience
         while self._running and time.monotonic() < end:
             time.sleep(0.1)
         with self._guard:
             for process in self._running:
-                _signal(process, signal.SIGKILL)
+                send_signal(process, signal.SIGKILL)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """To a worker and all that it started."""
+def send_signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """To a worker, which leads a session of its own, and all that it started."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)  # it leads a session of its own
+        os.killpg(process.pid, number)
