@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.train.quantizers.base import ACTIVATIONS, WEIGHTS, Encoded, per_channel, sign
-from lowbit.train.quantizers.irnet import SignErrorDecay, annealed, check_start
+from lowbit.train.quantizers.irnet import ErrorDecay
 from lowbit.train.quantizers.sign import BinaryActivation, BinaryWeight
 
 _TINY = 1e-8  # of a filter whose weights are all equal
@@ -43,7 +43,7 @@ class _AdaptiveSign(torch.autograd.Function):
 
 
 @WEIGHTS.register("adabin")
-class AdaBin(BinaryWeight):
+class AdaBin(ErrorDecay, BinaryWeight):
     """q(w) = alpha_o sign((w - beta_o) / alpha_o) + beta_o per output channel o of n weights, with ::
 
         beta_o = mean(w_o)        alpha_o = ||w_o - beta_o||_2 / sqrt(n)
@@ -63,18 +63,8 @@ class AdaBin(BinaryWeight):
         ValueError: t_min outside its range.
     """
 
-    t: Tensor
-
     def __init__(self, bits: int = 1, t_min: float = 0.001) -> None:
-        super().__init__(bits)
-        self.t_min = check_start(t_min)
-        self.register_buffer("t", torch.tensor(self.t_min))
-
-    def anneal(self, progress: float) -> None:
-        self.t.fill_(annealed(progress, self.t_min))
-
-    def extra_repr(self) -> str:
-        return f"bits=1, t_min={self.t_min}"
+        super().__init__(bits, t_min)
 
     @staticmethod
     def _standardized(latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,8 +78,7 @@ class AdaBin(BinaryWeight):
 
     def fake(self, latent: Tensor) -> Tensor:
         z, alpha, beta = self._standardized(latent)
-        codes: Tensor = SignErrorDecay.apply(z, self.t)  # type: ignore[no-untyped-call]
-        return codes * per_channel(alpha, z) + per_channel(beta, z)
+        return self.decayed_sign(z) * per_channel(alpha, z) + per_channel(beta, z)
 
     def encode(self, latent: Tensor) -> Encoded:
         z, alpha, beta = self._standardized(latent.detach())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit.train.quantizers.base import ACTIVATIONS, WEIGHTS, Encoded, magnitude, per_channel, sign
 from lowbit.train.quantizers.sign import BinaryActivation, BinaryWeight
@@ -14,7 +14,7 @@ from lowbit.train.quantizers.standardize import standardize
 _T_MAX = 10.0
 
 
-class SignErrorDecay(torch.autograd.Function):
+class _SignErrorDecay(torch.autograd.Function):
     """sign(x) with the gradient of the error decay estimator (EDE), that of g(x) = k tanh(t x), k = max(1/t, 1)."""
 
     @staticmethod
@@ -30,24 +30,40 @@ class SignErrorDecay(torch.autograd.Function):
         return torch.ops.aten.sigmoid_backward(grad, p).mul_(4 * torch.clamp(t, min=1)), None
 
 
-def annealed(progress: float, t_min: float) -> float:
-    """t of the error decay estimator, from `t_min` to 10: t_min (10 / t_min)^progress."""
-    return t_min * (_T_MAX / t_min) ** progress
+class ErrorDecay(nn.Module):
+    """What quantizers with the error decay estimator share: t = t_min (10 / t_min)^progress, moved by the schedule.
 
-
-def check_start(t_min: float) -> float:
-    """`t_min`.
+    Args:
+        bits: 1.
+        t_min: t at the start, 0 < t_min <= 10.
 
     Raises:
-        ValueError: no t to start from.
+        ValueError: t_min outside its range.
     """
-    if not 0 < t_min <= _T_MAX:
-        raise ValueError(f"t_min must be above 0 and at most {_T_MAX:g}, where t ends, not {t_min!r}")
-    return float(t_min)
+
+    t: Tensor
+
+    def __init__(self, bits: int = 1, t_min: float = 0.1) -> None:
+        super().__init__(bits)
+        if not 0 < t_min <= _T_MAX:
+            raise ValueError(f"t_min must be above 0 and at most {_T_MAX:g}, where t ends, not {t_min!r}")
+        self.t_min = float(t_min)
+        self.register_buffer("t", torch.tensor(self.t_min))
+
+    def anneal(self, progress: float) -> None:
+        self.t.fill_(self.t_min * (_T_MAX / self.t_min) ** progress)
+
+    def extra_repr(self) -> str:
+        return f"bits=1, t_min={self.t_min}"
+
+    def decayed_sign(self, x: Tensor) -> Tensor:
+        """sign(x) with the estimator's gradient at the present t."""
+        out: Tensor = _SignErrorDecay.apply(x, self.t)  # type: ignore[no-untyped-call]
+        return out
 
 
 @WEIGHTS.register("irnet")
-class IRNet(BinaryWeight):
+class IRNet(ErrorDecay, BinaryWeight):
     """q(w) = 2^s_o sign(w^) with w^ = (w - mean_o) / std_o and s_o = round(log2(mean|w^_o|)) per output channel o.
 
     Libra parameter binarization (1909.10788): the balanced, standardised weights have the largest entropy, and the scale is a
@@ -66,23 +82,9 @@ class IRNet(BinaryWeight):
         ValueError: t_min outside its range.
     """
 
-    t: Tensor
-
-    def __init__(self, bits: int = 1, t_min: float = 0.1) -> None:
-        super().__init__(bits)
-        self.t_min = check_start(t_min)
-        self.register_buffer("t", torch.tensor(self.t_min))
-
-    def anneal(self, progress: float) -> None:
-        self.t.fill_(annealed(progress, self.t_min))
-
-    def extra_repr(self) -> str:
-        return f"bits=1, t_min={self.t_min}"
-
     def fake(self, latent: Tensor) -> Tensor:
         w = standardize(latent)
-        binary: Tensor = SignErrorDecay.apply(w, self.t)  # type: ignore[no-untyped-call]
-        return binary * per_channel(_shift(w), w)
+        return self.decayed_sign(w) * per_channel(_shift(w), w)
 
     def encode(self, latent: Tensor) -> Encoded:
         w = standardize(latent.detach())
@@ -96,7 +98,7 @@ def _shift(w: Tensor) -> Tensor:
 
 
 @ACTIVATIONS.register("irnet")
-class IRNetActivation(BinaryActivation):
+class IRNetActivation(ErrorDecay, BinaryActivation):
     """q(x) = sign(x) with the error decay estimator's gradient: see `IRNet`, whose `t_min` it needs too (1909.10788).
 
     Args:
@@ -107,19 +109,5 @@ class IRNetActivation(BinaryActivation):
         ValueError: t_min outside its range.
     """
 
-    t: Tensor
-
-    def __init__(self, bits: int = 1, t_min: float = 0.1) -> None:
-        super().__init__(bits)
-        self.t_min = check_start(t_min)
-        self.register_buffer("t", torch.tensor(self.t_min))
-
-    def anneal(self, progress: float) -> None:
-        self.t.fill_(annealed(progress, self.t_min))
-
-    def extra_repr(self) -> str:
-        return f"bits=1, t_min={self.t_min}"
-
     def fake(self, x: Tensor) -> Tensor:
-        out: Tensor = SignErrorDecay.apply(x, self.t)  # type: ignore[no-untyped-call]
-        return out
+        return self.decayed_sign(x)
