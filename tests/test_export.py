@@ -47,6 +47,8 @@ def test_the_proof_holds(network) -> None:
     assert (p.inputs, p.integers_differ, p.first_difference) == (130, 0, None)
     quantized = [t for t in graph.validate().values() if t.codes and t.codes.kind != "unsigned"]
     assert p.root_activations == 130 * sum(int(np.prod(t.shape)) for t in quantized)
+    assert p.root_comparisons == 130 * sum(int(np.prod(t.shape)) * (2**t.codes.bits - 1) for t in quantized)
+    assert p.root_comparisons > p.root_activations
     assert p.integers > p.root_activations
     assert (p.decisions, p.decisions_changed) == (600, 0)
     with torch.no_grad():
@@ -173,6 +175,15 @@ def test_export_refuses(run_dir: Path, tmp_path: Path) -> None:
     (unfinished / "run.json").write_text(json.dumps({**state, "status": "running"}))
     with pytest.raises(RunError, match="has not finished"):
         export_run(unfinished)
+
+
+def test_root_flips_are_bounded_by_comparisons() -> None:
+    """8-bit codes have 255 thresholds that a number can lie next to."""
+    flips = {"root_activations": 1_000_000, "root_flips": 200, "root_by_layer": {"stem": 200}}
+    assert proving.Proof(root_comparisons=255_000_000, **flips).failures() == []
+    assert (
+        "bound 1e-06 of their 1000000 comparisons" in proving.Proof(root_comparisons=1_000_000, **flips).failures()[0]
+    )
 
 
 def test_the_proof_is_a_plain_record() -> None:
