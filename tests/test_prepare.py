@@ -18,12 +18,14 @@ from lowbit.train import (
     StateBatchNorm2d,
     auxiliary_loss,
     calibrate_batchnorm,
+    freeze,
     parameter_groups,
     prepare,
     set_hard,
     update_state_batchnorm,
     weight_statistics,
 )
+from lowbit.train.layers import constant_weights
 from lowbit.train.quantizers import WEIGHTS
 
 PIXELS = Pixels((10, 120, 200), 1 / 64)
@@ -442,3 +444,21 @@ def test_flip_counter_and_gap() -> None:
     assert weight_statistics(model).temperature == 1
     assert 0 < weight_statistics(model).gap < 2
     assert weight_statistics(net(method="sign")).gap == 0
+
+
+def test_constant_weights_are_encoded_once_and_forgotten() -> None:
+    model = prepare(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), edges="none").eval()
+    layer, x = model[0], torch.randn(3, 4)
+    with constant_weights(model), torch.no_grad():
+        before = model(x)
+        layer.weight.neg_()  # which nobody may do: it shows that nothing is encoded again
+        assert torch.equal(model(x), before)
+        graph_inside = freeze(model, x)
+    after = model(x)
+    assert not torch.equal(after, before)
+    assert layer._encoded is None
+    assert freeze(model, x) != graph_inside
+    with pytest.raises(RuntimeError, match="stop"), constant_weights(model):
+        raise RuntimeError("stop")
+    assert layer._encoded is None
+    copy.deepcopy(model)

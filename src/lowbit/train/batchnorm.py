@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lowbit.train.layers import set_hard
+from lowbit.train.layers import constant_weights, set_hard
 
 
 class StateBatchNorm2d(nn.BatchNorm2d):
@@ -103,7 +103,7 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     try:
         for norm in norms:
             norm.momentum = 1.0
-        with _hard_batch_statistics(model), torch.autocast(device_type, enabled=False):
+        with _hard_batch_statistics(model), constant_weights(model), torch.autocast(device_type, enabled=False):
             for batch in batches:
                 if not isinstance(batch, Tensor):
                     raise ValueError(

@@ -16,6 +16,7 @@ from lowbit.train.data.images import Part
 from lowbit.train.freeze import to_numpy
 from lowbit.train.recipe import Recipe, load_recipe
 from lowbit.train.rundir import InputSpec, read_run
+from lowbit.train.tasks.classify import CONFUSION_CLASSES
 from lowbit.train.trainer import evaluate, load_data, load_run
 
 __all__ = ["evaluate_file", "evaluate_run"]
@@ -84,7 +85,7 @@ def evaluate_file(
     return {
         "accuracy": int(confusion.trace()) / total,
         "images": total,
-        "confusion": confusion.tolist(),
+        "confusion": confusion.tolist() if count <= CONFUSION_CLASSES else None,
         "computed_by": f"the engine, {engine.isa}, {engine.threads} thread{'s'[: engine.threads > 1]}",
     }
 

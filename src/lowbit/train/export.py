@@ -21,6 +21,7 @@ from lowbit.packfile import FileError, dumps
 from lowbit.train.data import DataSource
 from lowbit.train.data.images import Part
 from lowbit.train.freeze import freeze
+from lowbit.train.layers import constant_weights
 from lowbit.train.models import build_model
 from lowbit.train.proof import DECISION_BATCH, Proof, prove
 from lowbit.train.recipe import Recipe
@@ -109,7 +110,8 @@ def _export(
         engine = lowbit.load(trial)
         part: Part = "test" if data.has_test else "val"
         labelled = data.evaluation(part, DECISION_BATCH, workers=recipe.train.workers)
-        proof = prove(model, graph, engine, probe, labelled, on_progress, data.count(part))
+        with constant_weights(model):
+            proof = prove(model, graph, engine, probe, labelled, on_progress, data.count(part))
     float_bytes = 4 * sum(p.numel() for p in _float_twin(recipe, spec).parameters())
     write_json(run_dir / "proof.json", {**proof.as_dict(), "file_bytes": len(content), "float_bytes": float_bytes})
     failures = proof.failures()

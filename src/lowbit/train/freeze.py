@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from lowbit import graph as lg
 from lowbit.bits import Codes
-from lowbit.train.layers import QuantLayer
+from lowbit.train.layers import QuantLayer, constant_weights
 from lowbit.train.quantizers import ActivationQuantizer
 
 _INSTEAD = {"div": "x * (1 / c)", "neg": "x * -1.0", "rsub": "x * -1.0 + c"}
@@ -63,27 +63,31 @@ def freeze(model: nn.Module, example_input: Tensor, meta: Mapping[str, Any] | No
     example = example_input[:1].detach().cpu()
     example = torch.cat([example, example])  # a batch of 1 would be taken for a constant
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    try:
-        with torch.no_grad():
-            model(example.to(device))
-    except Exception as e:
-        shape = tuple(example_input.shape)
-        raise FreezeError(f"the model fails on the example input, {example.dtype} of shape {shape}: {_first(e)}") from e
-    try:
-        with warnings.catch_warnings(), _quiet_torch(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(model, (example.to(device),)).run_decompositions({})
-    except Exception as e:
-        raise FreezeError(
-            f"torch.export can't trace the model: {_first(e)}\n"
-            "A network must be a plain function of its input tensor: no branches on values."
-        ) from e
-    graph = _Freezer(model, exported, example, meta or {}).run()
+    with constant_weights(model):
+        graph = _frozen(model, example.to(device), tuple(example_input.shape), meta or {})
     try:
         graph.validate()
     except lg.GraphError as e:
         raise FreezeError(str(e)) from None
     return graph
+
+
+def _frozen(model: nn.Module, example: Tensor, shape: tuple[int, ...], meta: Mapping[str, Any]) -> lg.Graph:
+    try:
+        with torch.no_grad():
+            model(example)
+    except Exception as e:
+        raise FreezeError(f"the model fails on the example input, {example.dtype} of shape {shape}: {_first(e)}") from e
+    try:
+        with warnings.catch_warnings(), _quiet_torch(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(model, (example,)).run_decompositions({})
+    except Exception as e:
+        raise FreezeError(
+            f"torch.export can't trace the model: {_first(e)}\n"
+            "A network must be a plain function of its input tensor: no branches on values."
+        ) from e
+    return _Freezer(model, exported, example.cpu(), meta).run()
 
 
 def _first(error: Exception) -> str:
@@ -469,7 +473,7 @@ def _lowbit_conv2d(f: _Freezer, node: FxNode) -> _Value:
     x, _w, scale, bias, stride, padding, dilation, groups = node.args[:8]
     layer = f._layer(node)
     v = f.env[x] if f.env[x].codes else f.value(x, node)
-    encoded, kind = layer.weight_quantizer.encode(layer.weight), _weight_type(layer, node)
+    encoded, kind = layer.encode(), _weight_type(layer, node)
     attrs = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups}
     params = {"weight": _weight(encoded.codes, kind), **_offsets(f, node, node.args[9:])}
     name = f._emit("conv2d", _label(node), (v.name,), params, attrs)
@@ -481,7 +485,7 @@ def _lowbit_linear(f: _Freezer, node: FxNode) -> _Value:
     x, _w, scale, bias = node.args[:4]
     layer = f._layer(node)
     v = f.env[x] if f.env[x].codes else f.value(x, node)
-    encoded, kind = layer.weight_quantizer.encode(layer.weight), _weight_type(layer, node)
+    encoded, kind = layer.encode(), _weight_type(layer, node)
     codes = encoded.codes if v.order is None else encoded.codes[:, torch.from_numpy(v.order)]
     params = {"weight": _weight(codes, kind), **_offsets(f, node, node.args[5:])}
     name = f._emit("linear", _label(node), (v.name,), params)

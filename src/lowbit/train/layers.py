@@ -9,6 +9,7 @@ batch-norm calibration needs (batch statistics, hard weights).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.bits import Codes
-from lowbit.train.quantizers.base import ActivationQuantizer, WeightQuantizer
+from lowbit.train.quantizers.base import ActivationQuantizer, Encoded, WeightQuantizer
 
 _EXACT_FLOAT32 = 2**24
 
@@ -161,6 +162,7 @@ class QuantLayer(nn.Module):
         self.weight = nn.Parameter(weight_quantizer.latent(weight))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.hard = False
+        self._encoded: Encoded | None = None
         # sums of floats would have no exact form in the engine
         if input_quantizer is None and weight_quantizer.encode(self.weight).offset is not None:
             raise ValueError(
@@ -170,6 +172,10 @@ class QuantLayer(nn.Module):
             raise ValueError(
                 f"{type(input_quantizer).__name__} inputs have an offset and need weights of 1 to 8 bits, not floats"
             )
+
+    def encode(self) -> Encoded:
+        """The integers that the layer runs with; within `constant_weights` they are computed once."""
+        return self.weight_quantizer.encode(self.weight) if self._encoded is None else self._encoded
 
     def train(self, mode: bool = True) -> QuantLayer:
         self.hard = not mode
@@ -183,7 +189,7 @@ class QuantLayer(nn.Module):
     def _hard(self, x: Tensor) -> _Hard:
         if torch.compiler.is_dynamo_compiling():
             x = x.detach()  # else the compiler asks for the gradient that a hard layer does not have
-        encoded = self.weight_quantizer.encode(self.weight)
+        encoded = self.encode()
         scale = encoded.scale
         input_offset = None
         q = self.input_quantizer
@@ -270,6 +276,21 @@ def set_hard(model: nn.Module, hard: bool) -> None:
     for module in model.modules():
         if hasattr(module, "hard") and isinstance(module.hard, bool):
             module.hard = hard
+
+
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """Within, hard layers encode their weights once, not in every forward pass: LNS has a network for it. Weights must not change."""
+    layers = [layer for _, layer in quantized_layers(model)]
+    before = [layer._encoded for layer in layers]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer._encoded = layer.encode()
+        yield
+    finally:
+        for layer, encoded in zip(layers, before, strict=True):
+            layer._encoded = encoded
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from lowbit.graph import Graph, Node, ValueType
 from lowbit.runtime import Engine
 from lowbit.train.freeze import to_numpy
 from lowbit.train.layers import PixelInput, QuantLayer, Residual
+from lowbit.train.tasks.classify import CONFUSION_CLASSES
 
 ROOT_FLIP_BOUND = 1e-6
 DECISION_BOUND = 2e-4
@@ -47,7 +48,7 @@ class Proof:
         cascaded_flips: codes that differ on `root_inputs` inputs when nothing is corrected.
         decisions, decisions_changed: argmax of training graph and engine.
         accuracy_training, accuracy_engine: on the labelled inputs, or None without labels.
-        confusion: on the same inputs, rows are the truth, columns the engine's answers; None without labels.
+        confusion: on the same inputs, rows are the truth, columns the engine's answers; None without labels, or with many classes.
         isa: the engine's instruction set.
     """
 
@@ -150,7 +151,7 @@ def prove(
     if confusion is not None:
         proof.accuracy_training = right_training / proof.decisions
         proof.accuracy_engine = right_engine / proof.decisions
-        proof.confusion = confusion.tolist()
+        proof.confusion = confusion.tolist() if len(confusion) <= CONFUSION_CLASSES else None
     return proof
 
 

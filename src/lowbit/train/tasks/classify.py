@@ -9,10 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit.train.layers import constant_weights
 from lowbit.train.tasks import TASKS
 from lowbit.train.tasks.base import Task
 
 __all__ = ["Classify"]
+
+
+CONFUSION_CLASSES = 100
+"""With more classes a confusion matrix is not kept: nobody reads it, and run.json would have megabytes of it."""
 
 
 @TASKS.register("classify")
@@ -38,7 +43,9 @@ class Classify(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        """``loss`` (mean), ``accuracy`` (0 to 1), ``images``, ``confusion``: rows are truth, columns the answer.
+        """``loss`` (mean), ``accuracy``, ``top5`` (0 to 1), ``images``, ``confusion``: rows are truth, columns the answer.
+
+        ``top5`` is None with five classes or fewer, ``confusion`` with more than 100.
 
         Raises:
             ValueError: there are no images.
@@ -46,13 +53,16 @@ class Classify(Task):
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         loss = torch.zeros((), dtype=torch.float64, device=device)
         confusion = torch.zeros(self.classes * self.classes, dtype=torch.int64, device=device)
+        near = torch.zeros((), dtype=torch.int64, device=device)
         count = 0
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), constant_weights(model):
             for images, labels in batches:
                 count += len(labels)
                 labels = labels.to(device)
                 logits = model(images.to(device)).float()
                 loss += F.cross_entropy(logits, labels, reduction="sum").double()
+                if self.classes > 5:
+                    near += (logits.topk(5, dim=1).indices == labels[:, None]).sum()
                 cell = labels * self.classes + logits.argmax(1)
                 confusion += torch.bincount(cell, minlength=self.classes**2)
         if not count:
@@ -60,7 +70,8 @@ class Classify(Task):
         table = confusion.view(self.classes, self.classes)
         return {
             "accuracy": int(table.diagonal().sum()) / count,
+            "top5": int(near) / count if self.classes > 5 else None,
             "loss": float(loss) / count,
             "images": count,
-            "confusion": table.tolist(),
+            "confusion": table.tolist() if self.classes <= CONFUSION_CLASSES else None,
         }
