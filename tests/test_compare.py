@@ -823,6 +823,22 @@ def test_the_table_of_results(tmp_path: Path, places: Places) -> None:
     assert aggregate.render(table, tree) == source, "the same page twice"
 
 
+def test_top5_stands_beside_the_published_one(tmp_path: Path, places: Places) -> None:
+    published = {**PUBLISHED, "dataset": ["imagenet_folder", "image_folder"], "top5": {"slow": 98.7}}
+    table = load(tmp_path, PAIR, published=published)
+    go(table, places)
+    for cell in table.cells():
+        path = places.result(cell)
+        tree = json.loads(path.read_text())
+        tree["results"]["test"]["top5"] = 0.98 + 0.01 * cell.recipe.seed
+        path.write_text(json.dumps(tree))
+    header, slow, fast = aggregate.table_rows(aggregate.aggregate(table, places))
+    found = [dict(zip(header, row, strict=True)) for row in (slow, fast)]
+    assert [row["top-5 (%)"] for row in found] == ["98.50", "98.50"]
+    assert [row["published top-5"] for row in found] == ["98.7", ""]
+    assert [row["published"] for row in found] == ["92.0", "93.4"]
+
+
 def test_results_that_are_not_all_there(tmp_path: Path, places: Places) -> None:
     table = load(tmp_path, PAIR, seeds=3, published={**PUBLISHED, "dataset": "cifar10"})
     tree = aggregate.aggregate(table, places)

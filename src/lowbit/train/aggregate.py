@@ -35,8 +35,8 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
     Returns:
         ``format, table, title, description, path, seeds`` (as asked for), ``metric, unit, split, cells, comparisons, published, machines,
         versions, code, dates, seconds``. Values are in the metric's own unit (accuracy: 0 to 1), published ones in the
-        paper's (percent). A cell: ``label, n, missing`` (seeds), ``values`` (seed -> value), ``mean, sd, published, runs,
-        epochs, parameters, warnings, curves`` and the means of ``seconds, gap, flips_start, images_per_second``. A
+        paper's (percent). A cell: ``label, n, missing`` (seeds), ``values`` (seed -> value), ``mean, sd, published, runs, top5,
+        published_top5, epochs, parameters, warnings, curves`` and the means of ``seconds, gap, flips_start, images_per_second``. A
         comparison: ``one, other, resolved`` and the fields of ``Difference``.
 
     Raises:
@@ -53,7 +53,7 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
     for (label, _), result in results.items():
         if result["results"][split] is not None:
             values[label][result["seed"]] = float(result["results"][split][metric])
-    rows = [_row(table, label, cells, results, values[label]) for label in table.labels]
+    rows = [_row(table, label, cells, results, values[label], split) for label in table.labels]
     comparisons = []
     for one, other in table.comparisons:
         difference = paired(values[one], values[other])
@@ -72,7 +72,7 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
         "split": split,
         "cells": rows,
         "comparisons": comparisons,
-        "published": None if published is None else {"source": published.source, "dataset": published.dataset},
+        "published": None if published is None else {"source": published.source},
         "machines": _distinct(_machine(result) for result in results.values()),
         "versions": _distinct(_versions(result) for result in results.values()),
         "code": _distinct(_code(result) for result in results.values()),
@@ -108,6 +108,7 @@ def _row(
     cells: Sequence[Cell],
     results: Mapping[tuple[str, str], Mapping[str, Any]],
     values: Mapping[int, float],
+    split: str,
 ) -> dict[str, Any]:
     own = [results[cell.key] for cell in cells if cell.label == label and cell.key in results]
     missing = [cell.recipe.seed for cell in cells if cell.label == label and cell.recipe.seed not in values]
@@ -119,7 +120,9 @@ def _row(
 
     recipe = next(cell.recipe for cell in cells if cell.label == label)
     published = table.config.published
-    the_papers = published is not None and recipe.data.name == published.dataset
+    if published is not None and not published.on(recipe.data.name):
+        published = None
+    top5 = [r["results"][split]["top5"] for r in own if (r["results"][split] or {}).get("top5") is not None]
     return {
         "label": label,
         "n": len(values),
@@ -127,8 +130,10 @@ def _row(
         "values": {str(seed): values[seed] for seed in sorted(values)},
         "mean": found.mean if found else None,
         "sd": found.sd if found else None,
-        "published": published.values.get(label) if published and the_papers else None,
-        "runs": published.runs.get(label) if published and the_papers else None,
+        "published": published.values.get(label) if published else None,
+        "runs": published.runs.get(label) if published else None,
+        "top5": summary(top5).mean if top5 else None,
+        "published_top5": published.top5.get(label) if published else None,
         "epochs": recipe.train.epochs,
         "seconds": summary([r["seconds"] for r in own]).mean if own else None,
         "parameters": own[0]["parameters"] if own else None,
@@ -160,8 +165,12 @@ def _signed(value: float, metric: str) -> str:
 def _published(tree: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """(heading, text for each cell) of the columns with a paper's numbers; none where no cell has one."""
     found = []
-    for name, key in (("published", "published"), ("authors' later runs", "runs")):
+    columns = (("published", "published"), ("authors' later runs", "runs"), ("published top-5", "published_top5"))
+    for name, key in columns:
         numbers = [row[key] for row in tree["cells"]]
+        if key == "published_top5" and any(number is not None for number in numbers):
+            means = [row["top5"] for row in tree["cells"]]
+            found.append(("top-5 (%)", ["" if mean is None else f"{100 * mean:.2f}" for mean in means]))
         if any(number is not None for number in numbers):
             digits = max(len(f"{n:g}".partition(".")[2]) for n in numbers if n is not None)
             found.append((name, ["" if n is None else f"{n:.{digits}f}" for n in numbers]))

@@ -107,18 +107,24 @@ class Published(Strict):
     """Numbers of a paper, in its unit (percent for accuracy, dB for PSNR).
 
     Attributes:
-        dataset: the recipe's data set they were measured on; cells on another show none.
+        dataset: the recipe's data set they were measured on, or its names; cells on another show none.
         metric: what was measured.
         source: paper and table.
         values: label -> the paper's number.
         runs: label -> what the authors' own later runs gave, where they published it.
+        top5: label -> the paper's top-5 accuracy; the measured one then stands beside it.
     """
 
-    dataset: str
+    dataset: str | tuple[str, ...]
     metric: str = "accuracy"
     source: str
     values: dict[Label, float]
     runs: dict[Label, float] = Field(default_factory=dict)
+    top5: dict[Label, float] = Field(default_factory=dict)
+
+    def on(self, dataset: str) -> bool:
+        """Whether the numbers are of this data set."""
+        return dataset in ((self.dataset,) if isinstance(self.dataset, str) else self.dataset)
 
 
 class Tune(Strict):
@@ -451,7 +457,7 @@ def _check(table: Table) -> None:
         if pair[0] == pair[1]:
             raise TableError(f"{path}: compare: {pair[0]!r} with itself")
     if config.published is not None:
-        for label in [*config.published.values, *config.published.runs]:
+        for label in [*config.published.values, *config.published.runs, *config.published.top5]:
             if label not in config.skip:
                 check(label, "published")
     _check_order(table)
@@ -482,9 +488,10 @@ def _check_tries(table: Table, tune: Tune) -> None:
         for label in tune.tries:
             if label not in table.labels:
                 raise TableError(f"{table.path}: tune.tries: no cell {label!r}: {nearest(label, list(table.labels))}")
-    if tune.seed < table.config.seeds:
+    seeds = max([table.config.seeds, *(cell.seeds or 0 for cell in table.config.cells.values())])
+    if tune.seed < seeds:
         raise TableError(
-            f"{table.path}: tune.seed: {tune.seed} is one of the table's seeds 0 to {table.config.seeds - 1}; "
+            f"{table.path}: tune.seed: {tune.seed} is one of the table's seeds 0 to {seeds - 1}; "
             "settings are chosen with another"
         )
     counts = {label: len(tune.of(label)) for label in table.labels}
