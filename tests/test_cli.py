@@ -106,6 +106,7 @@ def test_no_torch_is_imported(command: list[str], model: Path) -> None:
         ("yaml", "list recipes", "train"),
         ("matplotlib", "report runs", "train"),
         ("onnxruntime", "bench MODEL", "bench"),
+        ("ray", "compare recipes/tables/fashion-mnist.yaml --on ray --dry-run", "ray"),
     ],
 )
 def test_a_missing_extra_is_named(absent: str, command: str, extra: str, model: Path) -> None:

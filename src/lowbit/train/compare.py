@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -24,27 +23,18 @@ from typing import Any, Final
 import yaml
 
 import lowbit
+from lowbit.remote import HEADING, RemoteError, source_digest, withdraw, worker_of
 from lowbit.train.cells import FORMAT, Action, Places, Step, look, measured, plan, read_result, read_results, show
 from lowbit.train.evaluation import evaluate_run
-from lowbit.train.remote import HEADING, withdraw, worker_of
 from lowbit.train.rundir import RunError, read_metrics, read_run, write_json, write_text
 from lowbit.train.statistics import summary
 from lowbit.train.table import Cell, Table, stored_recipe
 from lowbit.train.workers import Executor, Job, lock
 
-__all__ = ["Check", "Event", "Failure", "best_tries", "check_one", "code_version", "draw", "run", "source_digest"]
+__all__ = ["Check", "Event", "Failure", "best_tries", "check_one", "code_version", "draw", "run"]
 
 CURVE_POINTS: Final = 100
 POLL_SECONDS: Final = 0.5
-
-
-def source_digest() -> str:
-    """SHA-256 of the Python files that train."""
-    home = Path(lowbit.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted((home / "train").rglob("*.py")):
-        digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def code_version() -> dict[str, Any]:
@@ -209,7 +199,7 @@ class _Runner:
         started = False
         try:
             started = self._go(self._look(step), descriptor)  # another process may have come further since the plan
-        except (RunError, ValueError, OSError) as error:
+        except (RunError, RemoteError, ValueError, OSError) as error:
             self._fail(cell, str(error))
         finally:
             if not started:
@@ -261,7 +251,7 @@ class _Runner:
     def _end(self, future: Future[int]) -> None:
         each = self.running.pop(future)
         step, cell, retried = each.step, each.step.cell, False
-        each.place = worker_of(self.places.run_dir(cell))
+        each.place = worker_of(self.places.run_dir(cell)) or each.place
         try:
             code = future.result()
             if code == 0:
@@ -278,7 +268,7 @@ class _Runner:
                 killed = f"its worker was killed twice ({signal.Signals(-code).name})" if code < 0 else ""
                 words = killed or _last_words(log, each.log_start) or f"exit status {code}"
                 self._fail(cell, words + _on(each), log)
-        except (RunError, ValueError, OSError) as error:
+        except (RunError, RemoteError, ValueError, OSError) as error:
             self._fail(cell, str(error))
         finally:
             if not retried:
@@ -296,7 +286,7 @@ class _Runner:
     def _watch(self) -> None:
         for each in self.running.values():
             place = worker_of(self.places.run_dir(each.step.cell))
-            if place != each.place:
+            if place and place != each.place:
                 each.place = place
                 self.on_event(Event("place", each.step.cell, place))
             with suppress(RunError):

@@ -1,6 +1,6 @@
 """The cells of a table on a Ray cluster (``lowbit compare --on ray``). Needs the extra ``lowbit[ray]``.
 
-A cell is a Ray task that starts the process a local worker is (``lowbit.train.remote``). Ray neither repeats a task nor
+A cell is a Ray task that starts the process a local worker is (``lowbit.remote``). Ray neither repeats a task nor
 sees a result: a task answers with an exit status, the run directory lies on a file system that all nodes share, and the
 runner alone writes results and runs a killed worker's cell again. So there is one place that decides, and it looks at
 what is on the disk first.
@@ -11,20 +11,19 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import ray
 from ray import exceptions
 
-from lowbit.train.compare import source_digest
-from lowbit.train.remote import PATIENCE_SECONDS, POLL_SECONDS, Task, issue, train_cell, withdraw
+from lowbit.remote import PATIENCE_SECONDS, POLL_SECONDS, Task, issue, on_ray, source_digest, withdraw
 from lowbit.train.rundir import RunError
 from lowbit.train.workers import Job
 
@@ -73,7 +72,7 @@ class RayExecutor:
             self._environment["CUDA_VISIBLE_DEVICES"] = ""
         self._remote = ray.remote(
             num_cpus=self._cpus, num_gpus=self._gpus, max_retries=0, scheduling_strategy="SPREAD"
-        )(_on_node)
+        )(on_ray)
         self._pool = ThreadPoolExecutor(_MANY)
         self._guard = threading.Lock()
         self._running: set[Any] = set()
@@ -94,10 +93,8 @@ class RayExecutor:
     def submit(self, job: Job) -> Future[int]:
         """Send a task; it waits in the cluster's queue until a node has room."""
         ticket = issue(job.run_dir)
-        job = replace(
-            job, recipe=job.recipe.absolute(), run_dir=job.run_dir.absolute(), log=job.log.absolute(), lock=-1
-        )
-        task = Task(job, ticket, str(Path.cwd()), source_digest(), self._environment)
+        run_dir, log = job.run_dir.absolute(), job.log.absolute()
+        task = Task(job.command()[2:], run_dir, log, ticket, str(Path.cwd()), source_digest(), self._environment)
         return self._pool.submit(self._run, task)
 
     def _run(self, task: Task) -> int:
@@ -112,7 +109,7 @@ class RayExecutor:
             return 130
         except _GONE:
             # Ray says so when it has lost sight of them; the training has ended when its lock is free
-            while not withdraw(task.job.run_dir) and not self._stopped:
+            while not withdraw(task.run_dir) and not self._stopped:
                 time.sleep(POLL_SECONDS)
             return -signal.SIGKILL
         except exceptions.RayError as raised:
@@ -140,14 +137,6 @@ class RayExecutor:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _on_node(task: Task) -> tuple[int, str]:
-    """What Ray runs."""
-    own = ray.get_runtime_context().get_node_id()
-    name = next((str(node["NodeName"]) for node in _nodes() if node["NodeID"] == own), own)
-    host = os.uname().nodename
-    return train_cell(task, name if name == host else f"{name} ({host})", source_digest())
-
-
 def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
@@ -172,7 +161,11 @@ def _connect(address: str | None) -> None:
         )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_SCHEDULER_EVENTS", "0")
+    # Ray prints what happens to workers and nodes to standard output, log_to_driver or not; ``Event`` says it in a line
+    ray._private.worker._worker_logs_enabled = False
     try:
+        if address != "auto":
+            _knock(address)
         with _own_handlers():
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, ignore_reinit_error=True)
     except (ConnectionError, RuntimeError, ValueError, OSError, exceptions.RayError) as error:
@@ -181,6 +174,14 @@ def _connect(address: str | None) -> None:
             f"no Ray cluster {where}: {_last_line(error)}; "
             "on the first machine `ray start --head`, on the others `ray start --address HOST:PORT`"
         ) from None
+
+
+def _knock(address: str) -> None:
+    """Whether somebody is there; Ray itself tries for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError("an address is HOST:PORT")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import queue
 import signal
@@ -11,29 +10,15 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-__all__ = ["Executor", "Job", "LocalExecutor", "default_jobs", "lock", "send_signal"]
+from lowbit.remote import lock, send_signal
 
-
-def lock(path: Path) -> int | None:
-    """A descriptor that holds the lock, None where another process does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+__all__ = ["Executor", "Job", "LocalExecutor", "default_jobs", "lock"]
 
 
 @dataclass(frozen=True)
@@ -165,9 +150,3 @@ class LocalExecutor:
             for process in self._running:
                 send_signal(process, signal.SIGKILL)
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def send_signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """To a worker, which leads a session of its own, and all that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)

@@ -5,11 +5,14 @@ trains the cell, in which the driver puts a ticket and the worker its name. A wo
 only if the ticket in the file is its own. A driver that was started again takes the ticket away before it touches the run
 directory: a task of its predecessor either holds the lock, and is waited for, or never begins.
 
-Nothing here needs Ray; ``lowbit.train.on_ray`` sends ``train_cell`` to the nodes.
+Nothing here needs PyTorch, which the process that trains imports, so that the one that watches it stays small. Nothing but
+``on_ray`` needs Ray; ``lowbit.train.on_ray`` sends it to the nodes.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -23,10 +26,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from lowbit.train.rundir import RunError
-from lowbit.train.workers import Job, lock, send_signal
-
-__all__ = ["Task", "issue", "train_cell", "withdraw", "worker_of"]
+__all__ = [
+    "RemoteError",
+    "Task",
+    "issue",
+    "lock",
+    "on_ray",
+    "send_signal",
+    "source_digest",
+    "train_cell",
+    "withdraw",
+    "worker_of",
+]
 
 SIGHT_SECONDS: Final = 10.0
 """How long a node looks for what the driver has just written: file systems between machines cache."""
@@ -36,7 +47,41 @@ POLL_SECONDS: Final = 0.1
 HEADING: Final = "--- "
 """Start of the log's lines that are not the training's own."""
 
-_CHILD: Final = "from lowbit.train.remote import _child; _child()"
+_CHILD: Final = "from lowbit.remote import _child; _child()"
+
+
+class RemoteError(RuntimeError):
+    """This machine, or this process, can't train the cell; the message says what to do."""
+
+
+def lock(path: Path) -> int | None:
+    """A descriptor that holds the lock, None where another process does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def send_signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """To a worker, which leads a session of its own, and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def source_digest() -> str:
+    """SHA-256 of the Python files that train, as they are on this machine."""
+    home = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted((home / "train").rglob("*.py")):
+        digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------ the ticket
@@ -63,11 +108,11 @@ def issue(run_dir: Path) -> str:
     """A new ticket to train in a run directory; those before it are void.
 
     Raises:
-        RunError: a worker is at it.
+        RemoteError: a worker is at it.
     """
     ticket = secrets.token_hex(16)
     if not _put(run_dir, ticket):
-        raise RunError(f"{run_dir}: is trained by {worker_of(run_dir) or 'another process'}; wait for its end")
+        raise RemoteError(f"{run_dir}: is trained by {worker_of(run_dir) or 'another process'}; wait for its end")
     return ticket
 
 
@@ -110,7 +155,7 @@ def _take(run_dir: Path, ticket: str, worker: str) -> int:
             else:
                 os.close(descriptor)
         if time.monotonic() > end:
-            raise RunError(
+            raise RemoteError(
                 f"{run_dir.parent} is not the folder here that `lowbit compare` sees: "
                 "--out has to lie on a file system that all nodes share, under the same path"
             )
@@ -122,56 +167,71 @@ def _take(run_dir: Path, ticket: str, worker: str) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """A job for another machine.
+    """A training on another machine.
 
     Attributes:
-        job: with absolute paths; its ``lock`` means nothing there.
+        command: arguments of ``lowbit``.
+        run_dir, log: absolute paths.
         ticket: from ``issue``.
         folder: the working directory: relative paths of recipes (data.root) start there.
-        source: SHA-256 of the code that trains (``code_version``), which has to be the same there.
+        source: ``source_digest``, which has to be the same there.
         environment: variables of the training process.
     """
 
-    job: Job
+    command: list[str]
+    run_dir: Path
+    log: Path
     ticket: str
     folder: str
     source: str
     environment: dict[str, str]
 
 
-def train_cell(task: Task, node: str, source: str) -> tuple[int, str]:
+def on_ray(task: Task) -> tuple[int, str]:
+    """``train_cell`` on a node of a Ray cluster, by the name that Ray has for it."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    name = next((str(node["NodeName"]) for node in nodes if node["NodeID"] == own), own)
+    host = os.uname().nodename
+    return train_cell(task, name if name == host else f"{name} ({host})")
+
+
+def train_cell(task: Task, node: str) -> tuple[int, str]:
     """Train a cell in a process of its own, which ends with this one, however that ends.
 
     Args:
         task: what to do.
         node: this machine's name.
-        source: SHA-256 of the code here.
 
     Returns:
         The exit status, negative where a signal killed it, and "" or why it was not started.
     """
     try:
-        if source != task.source:
-            raise RunError("has another version of lowbit than the machine that sends the cells; install the same")
+        if source_digest() != task.source:
+            raise RemoteError("has another version of lowbit than the machine that sends the cells; install the same")
         if not Path(task.folder).is_dir():
-            raise RunError(f"has no folder {task.folder}, where `lowbit compare` was started and relative paths begin")
-        descriptor = _take(task.job.run_dir, task.ticket, f"{node}, process {os.getpid()}")
+            raise RemoteError(
+                f"has no folder {task.folder}, where `lowbit compare` was started and relative paths begin"
+            )
+        descriptor = _take(task.run_dir, task.ticket, f"{node}, process {os.getpid()}")
         try:
             return _run(task, node, descriptor), ""
         finally:
             os.close(descriptor)  # the child's copy keeps the lock until it has ended, too
-    except (RunError, OSError) as error:
+    except (RemoteError, OSError) as error:
         return 2, f"node {node}: {error}"
 
 
 def _run(task: Task, node: str, descriptor: int) -> int:
     reading, writing = os.pipe()  # nobody writes: the end of this process closes it
     try:
-        with task.job.log.open("ab") as log:
+        with task.log.open("ab") as log:
             log.write(f"{HEADING}node {node}\n".encode())
             log.flush()
             process = subprocess.Popen(
-                [sys.executable, "-c", _CHILD, str(reading), *task.job.command()[2:]],
+                [sys.executable, "-c", _CHILD, str(reading), *task.command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -206,6 +266,7 @@ def _child() -> None:
         os.read(parent, 1)
         os.killpg(0, signal.SIGKILL)
 
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # Ray's workers block it, and masks are inherited
     threading.Thread(target=watch, daemon=True).start()
     sys.argv = ["lowbit", *sys.argv[2:]]
     from lowbit.__main__ import main
