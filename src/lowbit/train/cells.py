@@ -7,6 +7,7 @@ Below the table's folder of runs (big, not committed)::
     LABEL/seed0.json     which cell and which code the run belongs to: the upper part of its result
     LABEL/seed0.log      what the worker said
     LABEL/.seed0.lock    held while the cell is trained, so that no second process trains it
+    LABEL/.seed0.worker  held by a worker on another machine, and who that is (``lowbit.remote``)
 
 and in the folder of results (small, committed) one ``LABEL-seed0.json`` for each cell, written at its end: ``format,
 table, label, run, seed, hash, recipe, needs, changes, code, versions, machine, date, seconds, resumed, metric, epochs,
