@@ -1,8 +1,13 @@
-"""Prints the tables that tests hand over with `record_property("table", text)`, from workers too."""
+"""One thread for PyTorch; and prints the tables that tests hand over with `record_property("table", text)`, from workers too."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
+
+# The number of threads is part of what a sum of floats is, and tests compare runs of this process with those of others that
+# are started with one. Set before torch is imported, and handed down.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -75,12 +75,13 @@ def test_every_cell_of_every_table_resolves(path: Path) -> None:
     assert table.config.title
     assert table.config.description
     cells = table.cells()
-    assert len(cells) == len(table.labels) * table.config.seeds
+    assert len(cells) >= len(table.labels)
+    assert {cell.label for cell in cells} == set(table.labels)
     for cell in table.cells(1):
         read = parse_recipe(yaml.safe_load(cell.recipe.to_yaml()))
         assert read == cell.recipe
     published = table.config.published
-    assert published is None or {cell.recipe.data.name for cell in cells} == {published.dataset}
+    assert published is None or all(published.on(cell.recipe.data.name) for cell in cells)
 
 
 SLB = {
