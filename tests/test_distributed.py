@@ -132,9 +132,9 @@ def test_what_one_process_refuses_all_refuse(launched):
     assert second["recipes"] == ("RankError", first["recipes"][1], True)
     assert first["resume"][:2] == ("RunError", f"{launched / 'refused'}: not a run directory (it has no run.json)")
     assert second["resume"] == ("RankError", f"process 0 of 2: {first['resume'][1]}", True)
-    for rank in (first, second):
-        assert rank["devices"][0] == "RecipeError"
-        assert re.search(r"train\.devices: 3 .* 2 processes on each of 1 .*torchrun --nnodes 1", rank["devices"][1])
+    assert first["devices"][0] == "RecipeError"
+    assert re.search(r"train\.devices: 3 .* 2 processes on each of 1 .*torchrun --nnodes 1", first["devices"][1])
+    assert second["devices"] == ("RankError", first["devices"][1], True), "one line a machine"
     assert first["data"] == ("RankError", "process 1 of 2: images.bin: is cut short", False)
     assert second["data"][0] == "RankError"
     assert second["epoch"] == ("RunError", "images.bin: gone", False)

@@ -404,7 +404,7 @@ def test_ablations_by_configuration_alone(runs, tmp_path):
     for name, changes, has_loss in (
         ("plain", {"quantize__method": "sign"}, False),
         ("mapping", {"quantize__options": {"alpha": 0}}, False),
-        ("full", {"train__mapping_lr_scale": 2.0}, True),
+        ("full", {"train__mapping_lr_scale": 2.0, "quantize__options": {"rho": 0.2}}, True),
     ):
         watch = Watch()
         train(lns_recipe(best, train__epochs=1, **changes), tmp_path / name, callbacks=[watch])
@@ -416,8 +416,11 @@ def test_ablations_by_configuration_alone(runs, tmp_path):
         if has_loss:
             assert row["noisy_gradient_ratio"] > 0
         assert row["gap"] == 0
+        warned = read_run(tmp_path / name)["warnings"]
+        assert [text.partition(":")[0] for text in warned] == ["LNS with rho_plus = 0.2, rho_minus = 0.2"] * has_loss
     page = write_report(tmp_path / "full")[0].read_text()
     assert "Noisy supervision" in page
+    assert "Warning: LNS with rho_plus = 0.2" in page
     # a run goes on from another of its own kind, mapping included
     _same(started(lns_recipe(tmp_path / "full")), _state(tmp_path / "full"))
 

@@ -213,6 +213,15 @@ def test_a_run_that_has_just_begun(make: Make) -> None:
     assert [name for name, _ in report.summary(place)][:2] == ["report", f"missing: {missing[0][0]}"]
 
 
+def test_warnings_and_images_that_were_passed_over(make: Make) -> None:
+    names = [f"cat/{i}.png" for i in range(7)]
+    text = Page(report.write_report(make(run={"warnings": ["rho is high"], "broken_images": names}))[0]).text
+    assert "Warning: rho is high" in text
+    assert "7 of the images can't be read and were passed over" in text
+    assert "cat/4.png, ..." in text
+    assert "cat/5.png" not in text
+
+
 def test_methods_without_temperature_and_runs_without_held_out_images(make: Make) -> None:
     nothing = dict.fromkeys(("val_loss", "val_accuracy", "gap", "temperature", "flips_epoch", "flips_start"))
     page = Page(report.write_report(make(**nothing))[0])

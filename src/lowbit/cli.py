@@ -191,12 +191,17 @@ def train(
     out.print(f"next: [bold]lowbit export {escape(str(place))}[/]", soft_wrap=True)
 
 
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return ("warning: " if record.levelno >= logging.WARNING else "") + super().format(record)
+
+
 def _log_to_stderr() -> None:
     """The trainer's own lines, one for each epoch, warnings included."""
     log = logging.getLogger("lowbit")
     if not log.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Lines())
         log.addHandler(handler)
         log.setLevel(logging.INFO)
 

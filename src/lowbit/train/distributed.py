@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import copy
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,6 +39,7 @@ __all__ = [
     "launch",
     "leaves_parameters_out",
     "main_process",
+    "once_a_machine",
 ]
 
 T = TypeVar("T")
@@ -221,6 +223,20 @@ def main_process() -> bool:
     return not dist.is_torchelastic_launched() or os.environ.get("RANK", "0") == "0"
 
 
+@contextmanager
+def once_a_machine() -> Iterator[None]:
+    """For checks before ``join``, which end alike in all processes of a machine: the first of them says what is wrong.
+
+    Needs no connection. The others raise RankError, which is told already.
+    """
+    try:
+        yield
+    except RecipeError as error:
+        if dist.is_torchelastic_launched() and os.environ["LOCAL_RANK"] != "0":
+            raise RankError(str(error), told=True) from None
+        raise
+
+
 def check_launch(recipe: Recipe) -> None:
     """Hold the recipe's wishes (``train.devices``, ``train.nodes``) against the processes there are.
 
@@ -303,11 +319,13 @@ def launch(recipe: Recipe, arguments: Sequence[str]) -> int | None:
     devices = recipe.train.devices or 1
     if devices == 1 or (recipe.train.nodes or 1) > 1 or dist.is_torchelastic_launched():
         return None
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of the launcher: the processes say themselves what went wrong
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # the processes say themselves what went wrong
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     # as torchrun does: the processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // devices)))
     config = LaunchConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from lowbit.train.layers import Pixels
 from lowbit.train.models import build_model
 from lowbit.train.prepare import prepare
+from lowbit.train.quantizers import QuantizerWarning
 from lowbit.train.recipe import Recipe, RecipeError, load_recipe, parse_recipe
 from lowbit.train.rundir import InputSpec, RunError, read_checkpoint, read_run
 
@@ -80,7 +82,8 @@ def restore(recipe: Recipe, spec: InputSpec, tree: Mapping[str, Any], place: str
     Raises:
         RunError: it does not fit the recipe; ``place`` in front.
     """
-    model = build_network(recipe, spec)
+    with warnings.catch_warnings(action="ignore", category=QuantizerWarning):  # said when it was trained
+        model = build_network(recipe, spec)
     try:
         model.load_state_dict(tree["state_dict"])
     except RuntimeError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -323,7 +324,8 @@ def explain_validation(error: ValidationError, root: type[BaseModel]) -> str:
         return f"key {key!r} is missing{more}"
     message = first["msg"].removeprefix("Value error, ")
     value = first.get("input")
-    shown = f", got {value!r}" if isinstance(value, (str, int, float, bool, type(None))) else ""
+    ours = first["type"] == "value_error"  # a sentence of a validator here, which names the value where it matters
+    shown = f", got {value!r}" if isinstance(value, (str, int, float, bool, type(None))) and not ours else ""
     return f"{key}: {message}{shown}{more}" if key else f"{message}{more}"
 
 
@@ -332,7 +334,7 @@ def _check_names(recipe: Recipe) -> None:
     from lowbit.train.data import DATASETS
     from lowbit.train.models import model_arguments, model_factory
     from lowbit.train.prepare import prepare
-    from lowbit.train.quantizers import ACTIVATIONS, WEIGHTS
+    from lowbit.train.quantizers import ACTIVATIONS, WEIGHTS, QuantizerWarning
     from lowbit.train.tasks import TASKS
 
     TASKS.get(recipe.task)
@@ -343,18 +345,19 @@ def _check_names(recipe: Recipe) -> None:
     if q.activation != "auto":
         ACTIVATIONS.get(q.activation)
     try:  # the bits and options, by the judge of them
-        prepare(
-            nn.Conv2d(1, 1, 1),
-            q.method,
-            q.weight_bits,
-            q.activation_bits,
-            activation=q.activation,
-            edges="none",
-            options=q.options,
-            activation_options=q.activation_options,
-        )
-    except ValueError as error:
-        raise ValueError(f"quantize: {str(error).removeprefix('prepare: ')}") from None
+        with warnings.catch_warnings(action="ignore", category=QuantizerWarning):  # said where the network is trained
+            prepare(
+                nn.Conv2d(1, 1, 1),
+                q.method,
+                q.weight_bits,
+                q.activation_bits,
+                activation=q.activation,
+                edges="none",
+                options=q.options,
+                activation_options=q.activation_options,
+            )
+    except ValueError as error:  # the layer has no name
+        raise ValueError(f"quantize: {str(error).removeprefix('prepare: ').removeprefix(': ')}") from None
     known = list(model_arguments(recipe.model.name))
     for key in recipe.model.arguments:
         if key not in known:
@@ -391,6 +394,8 @@ def parse_recipe(tree: Any, source: str = "recipe") -> Recipe:
     """
     if not isinstance(tree, dict):
         raise RecipeError(f"{source}: a recipe is a mapping of keys to values, found {type(tree).__name__}")
+    if "recipe" in tree and "model" not in tree:
+        raise RecipeError(f"{source}: is a table, not a recipe; `lowbit compare` runs it")
     try:
         recipe = Recipe.model_validate(tree)
         _check_names(recipe)

@@ -29,11 +29,19 @@ from torch import Tensor, nn
 from lowbit.train.data import DATASETS, Augment, DataError, DataSource, TrainingBatches
 from lowbit.train.data.images import Part
 from lowbit.train.distill import Distillation, load_distillation
-from lowbit.train.distributed import Ranks, check_equal_recipes, check_launch, join, leaves_parameters_out
+from lowbit.train.distributed import (
+    Ranks,
+    check_equal_recipes,
+    check_launch,
+    join,
+    leaves_parameters_out,
+    once_a_machine,
+)
 from lowbit.train.freeze import FreezeError, freeze
 from lowbit.train.module import TrainingModule, calibrate, network_checkpoint
 from lowbit.train.network import build_network, load_run
 from lowbit.train.prepare import mapping_parameters
+from lowbit.train.quantizers import QuantizerWarning
 from lowbit.train.recipe import Recipe, RecipeError, differing_keys, load_recipe
 from lowbit.train.rundir import (
     FORMAT,
@@ -104,6 +112,19 @@ def _starting_network(recipe: Recipe, spec: InputSpec) -> nn.Module:
             f"{recipe.quantize.method!r} has none"
         )
     return model
+
+
+@contextmanager
+def _noting(notes: list[str]) -> Iterator[None]:
+    """What quantizers warn of inside goes to ``notes``, each warning once; other warnings pass."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", QuantizerWarning)
+        yield
+    for each in caught:
+        if not issubclass(each.category, QuantizerWarning):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+        elif str(each.message) not in notes:
+            notes.append(str(each.message))
 
 
 def _try_out(model: nn.Module, recipe: Recipe, spec: InputSpec) -> list[str]:
@@ -272,8 +293,10 @@ def train(
         broken. RunError: the directory can't be used, or the loss is not finite. Up to there nothing was written.
     """
     run_dir = Path(run_dir)
-    check_launch(recipe)
-    ranks = join(_device(recipe))
+    with once_a_machine():
+        check_launch(recipe)
+        device = _device(recipe)
+    ranks = join(device)
     ranks.begin()
     check_equal_recipes(recipe, ranks)
     with RunLock(run_dir) as lock:
@@ -299,9 +322,12 @@ def _build(recipe: Recipe, ranks: Ranks, before: Mapping[str, Any] | None, resum
     t = recipe.train
     data = load_data(recipe)
     spec = InputSpec.of(data)
-    model = build_network(recipe, spec) if resumed else _starting_network(recipe, spec)
+    notes: list[str] = []
+    with _noting(notes):
+        model = build_network(recipe, spec) if resumed else _starting_network(recipe, spec)
     teacher = None if t.distill is None else load_distillation(t.distill, spec)
-    notes = _try_out(model, recipe, spec) if before is None and ranks.main else []
+    # a run that goes on has its notes in run.json
+    notes = notes + _try_out(model, recipe, spec) if before is None and ranks.main else []
     augment = Augment(**recipe.data.augment.model_dump())
     part: Literal["train", "full"] = "full" if t.final else "train"
     try:

@@ -52,6 +52,10 @@ ACTIVATIONS: Registry[type[ActivationQuantizer]] = Registry(
 """Activation quantizers by the name that `prepare(activation=...)` takes."""
 
 
+class QuantizerWarning(UserWarning):
+    """Settings that a method runs with, but that its paper advises against. A training run keeps it in ``run.json``."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Quantized numbers: ``value = scale * code + offset``.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.bits import Codes
-from lowbit.train.quantizers.base import WEIGHTS, Encoded, WeightQuantizer, sign
+from lowbit.train.quantizers.base import WEIGHTS, Encoded, QuantizerWarning, WeightQuantizer, sign
 from lowbit.train.quantizers.sign import SignClipped, SignIdentity
 
 HIGH_RATE = 0.2
@@ -61,7 +61,7 @@ def _check_rates(rho_plus: float, rho_minus: float) -> None:
         warnings.warn(
             f"LNS with rho_plus = {rho_plus}, rho_minus = {rho_minus}: from {HIGH_RATE} on the paper falls below plain "
             "fine-tuning; it uses rho = 0.005",
-            UserWarning,
+            QuantizerWarning,
             stacklevel=4,
         )
 
