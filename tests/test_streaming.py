@@ -589,6 +589,15 @@ def test_a_missing_shard_is_named_at_the_start(own_shards):
         imagenet_shards(own_shards, **SMALL)
 
 
+def test_a_shard_of_another_size_is_named_at_the_start(own_shards):
+    with (own_shards / "train-000002.tar").open("ab") as stream:
+        stream.write(bytes(512))
+    with pytest.raises(
+        DataError, match=r"train-000002\.tar: \d+ bytes, \d+ in shards\.json: .* put the right one there"
+    ):
+        imagenet_shards(own_shards, **SMALL)
+
+
 def read_all(folder: Path) -> None:
     data = imagenet_shards(folder, **SMALL)
     list(data.evaluation("full", 8, workers=0))

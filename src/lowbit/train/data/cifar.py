@@ -119,7 +119,7 @@ def read_batch(data: bytes, where: str, records: int, labels: tuple[tuple[str, i
             problem = f"is cut short in record {whole + 1} of {records}"
         else:
             problem = f"goes on after record {records} with {len(data) - records * size} bytes"
-        raise DataError(f"{where}: {problem} ({len(data)} bytes, not {records} records of {size})")
+        raise DataError(f"{where}: {problem} ({len(data)} bytes, not {records} records of {size}); unpack it again")
     table = np.frombuffer(data, np.uint8).reshape(records, size)
     for column, (name, values) in enumerate(labels):
         wrong = np.flatnonzero(table[:, column] >= values)

@@ -151,6 +151,14 @@ def _label(data: bytes, kind: str, where: str) -> int:
     return label
 
 
+def _check_size(path: Path, shard: Shard, size: int) -> None:
+    if size != shard.bytes:
+        raise DataError(
+            f"{path}: {size} bytes, {shard.bytes} in {INDEX}: this shard is cut short or another; put the right one there, or "
+            f"remove {INDEX} to have the shards counted again"
+        )
+
+
 class _OpenShard:
     """A shard's samples, read by offset."""
 
@@ -166,11 +174,8 @@ class _OpenShard:
             raise DataError(f"{self._path}: can't be read ({error.strerror})") from None
         try:
             size = os.fstat(self._stream.fileno()).st_size
-            if shard is not None and size != shard.bytes:
-                raise DataError(
-                    f"{self._path}: {size} bytes, {shard.bytes} in {INDEX}: this shard is cut short or another; put the right "
-                    f"one there, or remove {INDEX} to have the shards counted again"
-                )
+            if shard is not None:
+                _check_size(self._path, shard, size)
             self.samples = _scan(self._stream, self._path)
             if shard is not None and len(self.samples) != shard.samples:
                 raise DataError(
@@ -241,6 +246,7 @@ def open_index(folder: Path) -> Index:
             raise DataError(
                 f"{folder / shard.name}: this shard is missing; {INDEX} says that it belongs to the data set"
             )
+        _check_size(folder / shard.name, shard, (folder / shard.name).stat().st_size)
     if not index.train or len(index.classes) < 2:
         raise DataError(f"{path}: {len(index.train)} training shards, {len(index.classes)} classes")
     return index
