@@ -26,6 +26,8 @@ def draw_shapes(folder: Path, per_class: int = 200) -> None:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1] if len(sys.argv) > 1 else "shapes")
+    if place.name.startswith("-"):
+        sys.exit(__doc__)
     if place.exists():
         sys.exit(f"{place} is there already; give another name")
     draw_shapes(place)
