@@ -404,6 +404,18 @@ def test_another_recipe_is_refused_and_refreshed(tmp_path: Path, places: Places)
         path.unlink()
     with pytest.raises(RunError, match=r"was started from another recipe \(differs in train\.lr\)"):
         go(load(tmp_path, PAIR), places)
+    with pytest.raises(
+        RunError, match=r"a run of another table, .* \(differs in train\.lr\): give each table its own --out"
+    ):
+        go(load(tmp_path, PAIR, name="other"), places)
+
+
+def test_a_cell_that_another_table_trained_in_the_same_folder(tmp_path: Path, places: Places) -> None:
+    go(load(tmp_path, PAIR), places)
+    other = Places(places.runs, places.results.with_name("other"))
+    executor, failures = go(load(tmp_path, PAIR, name="other"), other)
+    assert (executor.recipes, failures) == ([], []), "the same recipes"
+    assert {json.loads(path.read_text())["table"] for path in other.results.iterdir()} == {"other"}
 
 
 def test_a_failed_cell_loses_itself_and_what_starts_from_it(tmp_path: Path, places: Places) -> None:

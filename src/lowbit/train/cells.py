@@ -27,7 +27,7 @@ from typing import Any, Final
 from lowbit.train.recipe import RecipeError, differing_keys, parse_recipe
 from lowbit.train.rundir import RunError, read_run
 from lowbit.train.statistics import summary
-from lowbit.train.table import Cell, TableError
+from lowbit.train.table import Cell, TableError, slug
 from lowbit.train.trainer import load_data
 
 __all__ = [
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 FORMAT: Final = 1
-_IGNORED: Final = frozenset({"name", "description", "data.root", "train.device"})
+_IGNORED: Final = frozenset({"name", "description", "data.root", "train.device", "train.workers"})
 
 
 @dataclass(frozen=True)
@@ -193,6 +193,9 @@ def _look_at_run(cell: Cell, places: Places) -> tuple[Action, str]:
             f"{run_dir} is a run of something else ({places.beside(cell, '.json').name} is not there)",
         )
     keys = _differences(cell, head, places)
+    if keys and f"{head.get('table')}-{slug(cell.label)}-{cell.run}" != cell.recipe.name:
+        other = f"{run_dir} is a run of another table, {head.get('table')} ({_differs_in(keys)})"
+        return Action.overwrite, f"{other}: give each table its own --out"
     if keys:
         return Action.overwrite, f"{run_dir} was started from another recipe ({_differs_in(keys)})"
     run = read_run(run_dir)

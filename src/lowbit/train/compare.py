@@ -310,6 +310,7 @@ class _Runner:
                 results[part] = {k: v for k, v in results[part].items() if k not in ("confusion", "computed_by")}
         tree = {
             **head,
+            "table": self.table,  # another table may have trained the same cell in the same folder
             "versions": found["versions"],
             "machine": found["machine"],
             "date": found["finished"],
