@@ -429,12 +429,18 @@ def _write_shard(path: Path, records: Records, numbers: Numbers) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m lowbit.train.data.shards FOLDER OUT``."""
-    parser = argparse.ArgumentParser(prog="python -m lowbit.train.data.shards", description=write_shards.__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
-    parser.add_argument("out", type=Path, metavar="OUT")
+    parser = argparse.ArgumentParser(
+        prog="python -m lowbit.train.data.shards",
+        description="Write the shards of an image folder, and their index. The image files go in as they are.",
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="train/<class>/*.JPEG and, for a test set, val/<class>/*.JPEG"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="an empty or new folder")
     parser.add_argument("--samples", type=int, default=1000, help="images in a shard (1000)")
-    parser.add_argument("--val-labels", help="file with the classes of a flat val folder")
+    parser.add_argument(
+        "--val-labels", help="for a flat val: a file below FOLDER with a line 'name class' for each image"
+    )
     given = parser.parse_args(arguments)
     try:
         index = write_shards(given.folder, given.out, given.samples, given.val_labels, show_progress=True)
