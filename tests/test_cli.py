@@ -155,6 +155,7 @@ def test_version(call: Call) -> None:
         ("tables", "recipes/tables/fashion-mnist-bits.yaml"),
         ("models", "bireal_resnet14"),
         ("methods", "slb"),
+        ("methods", "beta_o = mean(w_o)"),  # the formula below the first line
         ("datasets", "image_folder"),
         ("ops", "global_avg_pool"),
         ("isas", "scalar"),

@@ -5,6 +5,7 @@ Every verb imports what it needs when it runs, so that running files needs no to
 
 from __future__ import annotations
 
+import inspect as introspection
 import json
 import logging
 import os
@@ -732,7 +733,16 @@ def _tables() -> list[tuple[str, str]]:
 
 
 def _about(registry: Any) -> list[tuple[str, str]]:
-    return [(name, ((registry.get(name).__doc__ or "").strip().splitlines() or [""])[0]) for name in registry]
+    return [(name, _summary(registry.get(name))) for name in registry]
+
+
+def _summary(thing: Any) -> str:
+    """The first paragraph of a docstring, with the formulas that a "::" at its end announces."""
+    head, *more = (introspection.getdoc(thing) or "").split("\n\n")
+    text = " ".join(head.split()).replace("``", "`")
+    if not text.endswith("::") or not more:
+        return text
+    return "\n".join([text.removesuffix("::").rstrip() + ":", *("  " + line.strip() for line in more[0].splitlines())])
 
 
 def _models() -> list[tuple[str, str]]:

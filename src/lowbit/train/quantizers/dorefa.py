@@ -38,7 +38,7 @@ def _mean_size(weight: Tensor) -> Tensor:
 
 @WEIGHTS.register("dorefa")
 class DoReFa(WeightQuantizer):
-    """Weights of K bits (1606.06160; n = 2^K - 1)::
+    """K bits (1606.06160; n = 2^K - 1)::
 
         K = 1    q(w) = mean|W| sign(w), one scale for the layer              dq/dw = 1
         K > 1    q(w) = 2 round(n u) / n - 1, u = tanh(w) / (2 max|tanh(W)|) + 1/2    dround(n u)/d(n u) = 1
