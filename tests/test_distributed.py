@@ -165,7 +165,8 @@ def test_devices_without_processes_are_refused(tmp_path):
 
 def test_no_more_processes_than_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for key, value in {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
+    launched = {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    for key, value in launched.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(RecipeError, match="tiny: 2 processes on a machine with 1 GPUs"):
         train(recipe(), tmp_path / "run")
