@@ -65,6 +65,13 @@ class Recorder(Callback):
             self.gradients = {n: p.grad.clone() for n, p in module.model.named_parameters() if p.grad is not None}
 
 
+class Broken(Callback):
+    """An image that only this process comes upon."""
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        module._data.found_broken.append(f"{trainer.global_rank}.jpeg")
+
+
 def equal_recipe(method: str, start: Path, **changes: Any) -> Recipe:
     """Float edges: the 8-bit ones measure the range of their inputs, batch after batch, each process its own."""
     more = {"train__start_from": str(start)} if method == "lns" else {}
@@ -73,10 +80,10 @@ def equal_recipe(method: str, start: Path, **changes: Any) -> Recipe:
     )
 
 
-def recorded(made: Recipe, run_dir: Path, **options: Any) -> dict[str, Any]:
+def recorded(made: Recipe, run_dir: Path, *callbacks: Callback, **options: Any) -> dict[str, Any]:
     recorder = Recorder()
     with untried():
-        result = train(made, run_dir, callbacks=[recorder], **options)
+        result = train(made, run_dir, callbacks=[recorder, *callbacks], **options)
     return {
         "losses": recorder.losses,
         "gradients": recorder.gradients,
@@ -101,7 +108,7 @@ def same(folder: Path) -> dict[str, Any]:
         quantize__state_batchnorm=True, train__epochs=1,
     )  # fmt: skip
     found["lsq"] = recorded(lsq, folder / "two-lsq")
-    found["own"] = recorded(recipe(model__name="ddp_runner:Own", train__epochs=1), folder / "two-own")
+    found["own"] = recorded(recipe(model__name="ddp_runner:Own", train__epochs=1), folder / "two-own", Broken())
     return found
 
 

@@ -113,6 +113,10 @@ def test_all_processes_end_with_the_same_network(two):
             assert torch.equal(value, second[name]["state"][key]), (name, key)
 
 
+def test_broken_images_of_every_process_are_told(two):
+    assert [each["own"]["run"]["broken_images"] for each in two] == [["0.jpeg", "1.jpeg"]] * 2
+
+
 def test_two_processes_resume_exactly(one, two):
     folder, (first, _) = one[0], two
     assert first["resumed"]["run"]["resumed"] == 1

@@ -202,10 +202,13 @@ def test_the_network_s_random_numbers_are_left_alone(data, workers):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_default_workers():
+def test_default_workers(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     cores = len(os.sched_getaffinity(0))
     assert default_workers() == min(cores, 16)
     assert default_workers(10**6) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert default_workers(10**6) == min(cores, 16), "the others are on other machines"
 
 
 def test_refusals(tree, data):

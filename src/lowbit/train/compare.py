@@ -305,6 +305,8 @@ class _Runner:
         results = dict(found["results"])
         if self.test and results["test"] is None:
             results["test"] = evaluate_run(run_dir, split="test")
+        broken = len(found["broken_images"])
+        passed_over = [f"{broken} of the images can't be read and were passed over (data.broken: skip)"] if broken else []
         for part in ("validation", "test"):
             if results[part] is not None:
                 results[part] = {k: v for k, v in results[part].items() if k not in ("confusion", "computed_by")}
@@ -319,7 +321,7 @@ class _Runner:
             "metric": found["metric"],
             "epochs": found["epochs"],
             "parameters": found["parameters"],
-            "warnings": found["warnings"],
+            "warnings": found["warnings"] + passed_over,
             "results": results,
             "curve": _curve(read_metrics(run_dir), found["metric"]),
         }

@@ -443,6 +443,8 @@ def _train(
         module = TrainingModule(model, recipe, task, data, parts.calibration, run_dir, parts.teacher, ranks)
         module.after_epoch = lambda: note("running")  # so that a run that is killed tells how far it came
         _fit(module, parts.batches, spec, ranks, device, progress, callbacks, resumed)
+        everywhere = {name for names in ranks.gather(data.broken) for name in names}
+        run["broken_images"] = sorted(everywhere.union(run.get("broken_images", ())))
         with ranks.together():
             if ranks.main:
                 run["results"] = _finish(module, data, parts.calibration, test, run["warnings"])

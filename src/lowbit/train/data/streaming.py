@@ -64,9 +64,14 @@ class Records(ABC):
 
 
 def default_workers(world_size: int = 1) -> int:
-    """One worker for each core this process may use, shared between the ranks of a machine; 16 at most."""
+    """One worker for each core this process may use, shared between the ranks of a machine; 16 at most.
+
+    Args:
+        world_size: ranks in all; how many of them are on this machine is torchrun's LOCAL_WORLD_SIZE, where it is set.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // world_size, 16))
+    here = min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+    return max(1, min(cores // here, 16))
 
 
 # ------------------------------------------------------------------------------------------------ workers
