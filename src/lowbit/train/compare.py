@@ -306,7 +306,9 @@ class _Runner:
         if self.test and results["test"] is None:
             results["test"] = evaluate_run(run_dir, split="test")
         broken = len(found["broken_images"])
-        passed_over = [f"{broken} of the images can't be read and were passed over (data.broken: skip)"] if broken else []
+        passed_over = (
+            [f"{broken} of the images can't be read and were passed over (data.broken: skip)"] if broken else []
+        )
         for part in ("validation", "test"):
             if results[part] is not None:
                 results[part] = {k: v for k, v in results[part].items() if k not in ("confusion", "computed_by")}
