@@ -26,7 +26,7 @@ from lowbit.train import aggregate, cells, compare
 from lowbit.train.cells import Action, Places
 from lowbit.train.recipe import RecipeError, load_recipe, parse_recipe
 from lowbit.train.rundir import RunError, read_metrics, write_json, write_metrics
-from lowbit.train.statistics import paired, summary, t_cdf, t_quantile
+from lowbit.train.statistics import paired, summary
 from lowbit.train.table import Cell, Table, TableError, hash_recipe, load_table, stored_recipe
 from lowbit.train.trainer import train
 from lowbit.train.workers import Job, LocalExecutor, lock
@@ -689,38 +689,6 @@ def test_data_is_looked_for_first(images: Path, tmp_path: Path, places: Places) 
 
 
 # ------------------------------------------------------------------------------------------ statistics
-
-
-@pytest.mark.parametrize(
-    ("p", "freedom", "expected"),
-    [  # tables of Student's distribution
-        (0.975, 1, 12.7062047362),
-        (0.975, 2, 4.3026527297),
-        (0.975, 3, 3.1824463053),
-        (0.975, 4, 2.7764451052),
-        (0.975, 5, 2.5705818356),
-        (0.975, 9, 2.2621571628),
-        (0.975, 30, 2.0422724563),
-        (0.975, 100, 1.9839715185),
-        (0.995, 2, 9.9248432009),
-        (0.95, 7, 1.8945786051),
-        (0.9, 6, 1.4397557472),
-    ],
-)
-def test_student(p: float, freedom: int, expected: float) -> None:
-    assert t_quantile(p, freedom) == pytest.approx(expected, rel=1e-9)
-    assert t_quantile(1 - p, freedom) == pytest.approx(-expected, rel=1e-9)
-    assert t_cdf(expected, freedom) == pytest.approx(p, abs=1e-9)
-
-
-def test_student_closed_forms() -> None:
-    for t in (-3.0, -0.5, 0.0, 1.0, 4.0):
-        assert t_cdf(t, 1) == pytest.approx(0.5 + math.atan(t) / math.pi, abs=1e-15)
-        assert t_cdf(t, 2) == pytest.approx(0.5 + t / (2 * math.sqrt(2 + t * t)), abs=1e-15)
-    assert t_quantile(0.5, 3) == 0
-    for p, freedom in ((0.0, 2), (1.0, 2), (0.9, 0)):
-        with pytest.raises(ValueError, match="probability|degree"):
-            t_quantile(p, freedom)
 
 
 def test_summary() -> None:
