@@ -27,7 +27,7 @@ from lowbit.train.cells import Action, Places
 from lowbit.train.recipe import RecipeError, load_recipe, parse_recipe
 from lowbit.train.rundir import RunError, read_metrics, write_json, write_metrics
 from lowbit.train.statistics import paired, summary
-from lowbit.train.table import Cell, Table, TableError, hash_recipe, load_table, stored_recipe
+from lowbit.train.table import Cell, Table, TableError, hash_recipe, load_cell, load_table, stored_recipe
 from lowbit.train.trainer import train
 from lowbit.train.workers import Job, LocalExecutor, lock
 
@@ -84,6 +84,51 @@ def load(folder: Path, tree: dict[str, Any], *overrides: str, **changes: Any) ->
 @pytest.fixture
 def places(tmp_path: Path) -> Places:
     return Places(tmp_path / "runs", tmp_path / "results")
+
+
+# ------------------------------------------------------------------------------------------ one cell by itself
+
+
+def test_one_cell_is_a_recipe_of_its_own(tmp_path: Path) -> None:
+    """`lowbit train TABLE --cell LABEL`: the same training that compare would do."""
+    path, runs = write(tmp_path, CHAIN), tmp_path / "runs"
+    table = load_table(path)
+    assert load_cell(path, "float", 1, runs=runs) == table.cells(2, ["float"])[1].recipe
+    with pytest.raises(
+        TableError, match=r"cell 'tuned' starts from a run of 'float', and .*chain-float-seed1 is not there"
+    ):
+        load_cell(path, "tuned", 1, runs=runs)
+    start = runs / "chain-float-seed1"
+    start.mkdir(parents=True)
+    (start / "run.json").write_text("{}")
+    tuned = load_cell(path, "tuned", 1, runs=runs)
+    assert (tuned.name, tuned.seed, tuned.train.start_from) == ("chain-tuned-seed1", 1, str(start))
+    assert tuned.train.lr == 0.01
+    mine = load_cell(path, "taught", 0, ["train.distill.teacher=mine", "train.lr=0.5"], runs)
+    assert (mine.train.distill.teacher, mine.train.lr) == ("mine", 0.5)
+    with pytest.raises(TableError, match="no cell 'floats': did you mean"):
+        load_cell(path, "floats")
+
+
+def test_train_takes_a_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, CHAIN)
+    trained: list[Any] = []
+    monkeypatch.setattr(
+        "lowbit.train.trainer.train", lambda recipe, place, **_: trained.append((recipe, place)) or exit(9)
+    )
+    for words, status in ((["tuned", "--set", "train.start_from=x"], 130), (["tuned"], 2), (["nothing"], 2)):
+        monkeypatch.setattr(sys, "argv", ["lowbit", "train", str(path), "--seed", "4", "--cell", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.run()
+        assert stop.value.code == status
+    assert [(recipe.name, recipe.seed, place) for recipe, place in trained] == [
+        ("chain-tuned-seed4", 4, Path("runs/chain-tuned-seed4"))
+    ]
+    said = capsys.readouterr().err
+    assert "train it first (--cell float --seed 4)" in " ".join(said.split())
+    assert said.count("error:") == 2
 
 
 # ------------------------------------------------------------------------------------------ executors of these tests

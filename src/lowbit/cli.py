@@ -126,8 +126,19 @@ def _options(
 )
 def train(
     recipe: Annotated[
-        Path, typer.Argument(help="A recipe (YAML). With --resume also the run directory itself.", metavar="RECIPE")
+        Path,
+        typer.Argument(
+            help="A recipe (YAML). With --cell a table of recipes, with --resume also the run directory itself.",
+            metavar="RECIPE",
+        ),
     ],
+    cell: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LABEL",
+            help="Train this cell of a table; a cell it starts from is looked for in runs/, where --cell puts it too.",
+        ),
+    ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the recipe: train.epochs=3. Repeatable."),
@@ -150,10 +161,11 @@ def train(
     """Train a network as a recipe says, into a run directory."""
     from lowbit.train.distributed import launch, main_process
     from lowbit.train.recipe import RecipeError, load_recipe
+    from lowbit.train.table import load_cell
     from lowbit.train.trainer import train as train_recipe
 
     overrides = list(changes or [])
-    if seed is not None:
+    if seed is not None and cell is None:
         overrides.append(f"seed={seed}")
     if devices is not None:
         overrides.append(f"train.devices={devices}")
@@ -161,7 +173,7 @@ def train(
         run_dir, recipe = run_dir or recipe, recipe / "recipe.yaml"
     elif (recipe / "run.json").is_file():
         raise RecipeError(f"{recipe}: is a run directory, not a recipe; go on with the run with --resume")
-    loaded = load_recipe(recipe, overrides)
+    loaded = load_recipe(recipe, overrides) if cell is None else load_cell(recipe, cell, seed or 0, overrides)
     status = launch(loaded, sys.argv[1:])
     if status is not None:
         raise typer.Exit(status)
@@ -225,23 +237,29 @@ class Split(StrEnum):
 
 
 @app.command(
-    epilog="Examples: lowbit evaluate runs/demo --split test   |   lowbit evaluate model.lowbit --data my_images"
+    epilog="Examples: lowbit evaluate runs/demo --split test   |   lowbit evaluate shoes.lowbit --data my_images"
 )
 def evaluate(
     what: Annotated[Path, typer.Argument(help="A run directory or a .lowbit file.", metavar="RUN_OR_FILE")],
     data: Annotated[
         str | None,
         typer.Option(
-            help="A folder of the data set's files, or of one folder of images for each class; or a data set's name. "
-            "By default the data of the run (of a file: the run that it lies in).",
+            help="Of a run, or a file in one: another folder with its data set. Of a file elsewhere: a data set's name, a folder "
+            "with its files, or a folder with one folder of images for each class.",
         ),
     ] = None,
-    split: Annotated[Split, typer.Option(help="The held-out training images, or the test images.")] = Split.val,
+    split: Annotated[
+        Split,
+        typer.Option(
+            help="val: the held-out training images (with train.final the network was trained on them). test: the test images."
+        ),
+    ] = Split.val,
     threads: ThreadsOption = 1,
 ) -> None:
     """Measure accuracy: of a run's training graph, or of a file on the engine."""
     from lowbit.train.evaluation import evaluate_file, evaluate_run
 
+    _log_to_stderr()
     if what.is_dir():
         found = evaluate_run(what, data, split.value)
     else:

@@ -305,7 +305,7 @@ class _Runner:
         results = dict(found["results"])
         if self.test and results["test"] is None:
             results["test"] = evaluate_run(run_dir, split="test")
-        broken = len(found["broken_images"])
+        broken = len(found.get("broken_images", ()))
         passed_over = (
             [f"{broken} of the images can't be read and were passed over (data.broken: skip)"] if broken else []
         )

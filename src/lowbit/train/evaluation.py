@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ from lowbit.train.trainer import evaluate, load_data, load_run
 __all__ = ["evaluate_file", "evaluate_run"]
 
 BATCH = 500
+_log = logging.getLogger(__name__)
 
 
 def evaluate_run(run_dir: str | os.PathLike[str], data: str | None = None, split: str = "val") -> dict[str, Any]:
@@ -30,7 +32,7 @@ def evaluate_run(run_dir: str | os.PathLike[str], data: str | None = None, split
     Args:
         run_dir: the run.
         data: another folder for the recipe's data set; None for the recipe's own.
-        split: "val" or "test".
+        split: "val" or "test". With ``train.final`` the network was trained on the images of "val": a warning says so.
 
     Returns:
         ``accuracy`` (0 to 1), ``loss``, ``images``, ``confusion``, ``computed_by``.
@@ -42,7 +44,7 @@ def evaluate_run(run_dir: str | os.PathLike[str], data: str | None = None, split
     recipe, model = load_run(run_dir)
     spec = InputSpec.from_json(read_run(run_dir)["input"])
     t = recipe.train
-    batches = _split(_of_recipe(recipe, data), split, spec.classes, t.eval_batch_size, t.workers)
+    batches = _split(_of_recipe(recipe, data, split), split, spec.classes, t.eval_batch_size, t.workers)
     return {**evaluate(model, recipe, spec, batches), "computed_by": "the training graph"}
 
 
@@ -53,9 +55,10 @@ def evaluate_file(
 
     Args:
         path: a .lowbit file.
-        data: the name of a data set or a folder: the files of Fashion-MNIST or CIFAR, or one folder of images for each class
-            (all of them are used where there is no ``test`` folder). None for the data of the run the file lies in.
-        split: "val" or "test".
+        data: for a file in a run directory another folder for the run's data set (None for the run's own). Else, and always for the
+            name of a data set: that name, or a folder: the files of Fashion-MNIST or CIFAR, or one folder of images for each
+            class (all of them are used where there is no ``test`` folder).
+        split: "val" or "test", as in ``evaluate_run``.
         threads: of the engine.
 
     Returns:
@@ -69,7 +72,7 @@ def evaluate_file(
     classes = tuple(engine.meta.get("classes", ()))
     if beside.is_file() and data not in DATASETS:
         recipe = load_recipe(beside)
-        batches = _split(_of_recipe(recipe, data), split, classes, workers=recipe.train.workers)
+        batches = _split(_of_recipe(recipe, data, split), split, classes, workers=recipe.train.workers)
     elif data is None:
         raise DataError(f"{os.fspath(path)}: lies in no run directory; say what to evaluate on with --data")
     else:
@@ -90,7 +93,9 @@ def evaluate_file(
     }
 
 
-def _of_recipe(recipe: Recipe, folder: str | None) -> DataSource:
+def _of_recipe(recipe: Recipe, folder: str | None, split: str) -> DataSource:
+    if recipe.train.final and split == "val":
+        _log.warning("%s: was trained on the held-out images too (train.final); --split test measures it", recipe.name)
     if folder is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": folder})})
     return load_data(recipe)

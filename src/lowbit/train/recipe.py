@@ -395,7 +395,9 @@ def parse_recipe(tree: Any, source: str = "recipe") -> Recipe:
     if not isinstance(tree, dict):
         raise RecipeError(f"{source}: a recipe is a mapping of keys to values, found {type(tree).__name__}")
     if "recipe" in tree and "model" not in tree:
-        raise RecipeError(f"{source}: is a table, not a recipe; `lowbit compare` runs it")
+        raise RecipeError(
+            f"{source}: is a table, not a recipe; `lowbit compare` runs it, `lowbit train --cell LABEL` one cell"
+        )
     try:
         recipe = Recipe.model_validate(tree)
         _check_names(recipe)

@@ -55,7 +55,17 @@ from lowbit.train.recipe import (
 )
 from lowbit.train.registry import nearest
 
-__all__ = ["Cell", "Published", "Table", "TableError", "Tune", "hash_recipe", "load_table", "stored_recipe"]
+__all__ = [
+    "Cell",
+    "Published",
+    "Table",
+    "TableError",
+    "Tune",
+    "hash_recipe",
+    "load_cell",
+    "load_table",
+    "stored_recipe",
+]
 
 START: Final = "train.start_from"
 TEACHER: Final = "train.distill.teacher"
@@ -217,7 +227,7 @@ class Cell:
         """Name of the file with its result."""
         return f"{slug(self.label)}-{self.run}.json"
 
-    def resolve(self, runs: Mapping[str, Path]) -> Recipe:
+    def resolve(self, runs: Mapping[str, str | Path]) -> Recipe:
         """The recipe with the run directories (dotted key -> path) it starts from."""
         tree = self.recipe.plain()
         for key in self.needs:
@@ -273,6 +283,15 @@ class Table:
             return seeds or self.config.cells.get(label, CellConfig()).seeds or self.config.seeds
 
         return [self._cell(label, f"seed{seed}", seed, made) for label in wanted for seed in range(count(label))]
+
+    def cell(self, label: str, seed: int) -> Cell:
+        """One cell, whatever seeds the table has.
+
+        Raises:
+            TableError: no such label.
+        """
+        self._wanted([label])
+        return self._cell(label, f"seed{seed}", seed, {})
 
     def tries(self, labels: Iterable[str] = ()) -> list[Cell]:
         """The runs of the table's ``tune`` section, label by label.
@@ -401,6 +420,33 @@ def load_table(path: str | Path, overrides: Sequence[str] = ()) -> Table:
     table = Table(path, config, _labels(path, config), _base(path, config.recipe), tuple(overrides))
     _check(table)
     return table
+
+
+def load_cell(
+    path: str | Path, label: str, seed: int = 0, overrides: Sequence[str] = (), runs: str | Path = "runs"
+) -> Recipe:
+    """The recipe of one cell of a table, to be trained by itself.
+
+    Args:
+        path, overrides: as in ``load_table``; an override may name a run to start from, or a teacher's.
+        label, seed: which cell.
+        runs: the folder that has the runs it starts from, under their recipes' names: ``lowbit train --cell`` puts them there.
+
+    Raises:
+        TableError: as in ``load_table``; no such cell; a run that it starts from is not there.
+    """
+    table = load_table(path, overrides)
+    cell = table.cell(label, seed)
+    given = dict(text.split("=", 1) for text in overrides if "=" in text)
+    places: dict[str, str | Path] = {}
+    for key, need in cell.needs.items():
+        places[key] = given.get(key) or Path(runs) / need.recipe.name
+        if key not in given and not (Path(places[key]) / "run.json").is_file():
+            raise TableError(
+                f"{path}: cell {label!r} starts from a run of {need.label!r}, and {places[key]} is not there: train it first "
+                f"(--cell {need.label} --seed {seed}), or say where it lies (--set {key}=RUN)"
+            )
+    return cell.resolve(places)
 
 
 def _base(path: Path, recipe: Any) -> dict[str, Any]:
