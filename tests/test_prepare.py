@@ -15,6 +15,7 @@ from lowbit.train import (
     QuantConv2d,
     QuantLinear,
     Residual,
+    StateBatchNorm1d,
     StateBatchNorm2d,
     auxiliary_loss,
     calibrate_batchnorm,
@@ -118,6 +119,25 @@ def test_skip_and_overrides() -> None:
     assert found["blocks.0.conv"] == "float"
     assert found["blocks.1.conv"] == "SLB2/PACT"
     assert found["fc"] == "SignSTE1/float"
+
+
+def test_later_overrides_go_on_from_earlier_ones() -> None:
+    """Options go with their quantizer: they stay while it does, and another one has the base's only where it is the base's."""
+
+    def layers(overrides: dict, **options) -> list[QuantConv2d]:
+        return list(prepare(nn.Sequential(*[nn.Conv2d(4, 4, 3) for _ in range(3)]), overrides=overrides, **options))
+
+    wide = {"*": {"options": {"spread": 5}, "activation": "pact", "activation_options": {"alpha": 3.0}}}
+    found = layers(wide | {"1": {"weight_bits": 2}}, edges="none", activation_bits=2)
+    assert [m.weight_quantizer.spread for m in found] == [5, 5, 5]
+    assert [m.weight_quantizer.bits for m in found] == [1, 2, 1]
+    assert [m.input_quantizer.alpha.item() for m in found] == [3, 3, 3]
+    found = layers({"*": {"method": "lns"}, "1": {"activation_bits": 2}}, edges="none", options={"spread": 2})
+    assert [type(m.weight_quantizer).__name__ for m in found] == ["LNS"] * 3
+    found = layers({"*": {"method": "lns"}, "1": {"method": "slb"}}, edges="none", options={"spread": 2})
+    assert found[1].weight_quantizer.spread == 2
+    found = layers({"0": {"activation_bits": 8}}, options={"spread": 2})
+    assert type(found[0].weight_quantizer).__name__ == "Int8"
 
 
 def test_the_model_itself_is_left_alone() -> None:
@@ -366,6 +386,34 @@ def test_state_batchnorm_keeps_two_statistics() -> None:
     assert torch.equal(bn(y), expected)
     with pytest.raises(ValueError, match="state_batchnorm=True"):
         update_state_batchnorm(net(), images())
+
+
+def test_state_batchnorm_takes_the_place_of_any_norm() -> None:
+    float64 = nn.BatchNorm1d(3, eps=0.5, momentum=0.2).double()
+    float64.weight.requires_grad_(False)
+    model = prepare(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), float64), edges="none", state_batchnorm=True)
+    norm = model[2]
+    assert isinstance(norm, StateBatchNorm1d)
+    assert (norm.eps, norm.momentum, norm.weight.dtype, norm.hard_var.dtype) == (0.5, 0.2, torch.double, torch.double)
+    assert (norm.weight.requires_grad, norm.bias.requires_grad) == (False, True)
+    with pytest.raises(ValueError, match="2D or 3D input"):
+        norm.eval()(torch.zeros(1, 3, 2, 2))
+    for other, what in (
+        (nn.BatchNorm1d(3, track_running_stats=False), "1: .*not BatchNorm1d without running statistics"),
+        (nn.BatchNorm3d(3), "1: .*BatchNorm1d and BatchNorm2d .*, not BatchNorm3d"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            prepare(nn.Sequential(nn.Linear(3, 3), other), state_batchnorm=True)
+
+
+def test_hard_statistics_are_measured_in_float32() -> None:
+    torch.manual_seed(0)
+    plain, cast = (net(state_batchnorm=True) for _ in range(2))
+    cast.load_state_dict(plain.state_dict())
+    update_state_batchnorm(plain, images())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        update_state_batchnorm(cast, images())
+    assert all(torch.equal(v, cast.state_dict()[k]) for k, v in plain.state_dict().items())
 
 
 # --- an ordinary module ---

@@ -74,6 +74,18 @@ def test_fake_weights_are_decoded_codes(name: str, bits: int, shape: tuple[int, 
 
 
 @pytest.mark.parametrize(("name", "bits"), WEIGHT_CASES)
+def test_autocast_changes_no_weight(name: str, bits: int) -> None:
+    torch.manual_seed(0)
+    quantizer, latent = weights(name, bits, numbers(8, 4, 3, 3))
+    soft = quantizer.fake(latent)
+    hard = quantizer.encode(latent).decode()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(quantizer.fake(latent), soft)
+        assert torch.equal(quantizer.encode(latent).decode(), hard)
+    assert soft.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "bits"), WEIGHT_CASES)
 def test_weights_have_a_gradient(name: str, bits: int) -> None:
     quantizer, latent = weights(name, bits, numbers(4, 3, 3, 3))
     latent.requires_grad_()

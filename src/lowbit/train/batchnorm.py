@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -17,34 +18,62 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lowbit.train.layers import constant_weights, set_hard
 
 
-class StateBatchNorm2d(nn.BatchNorm2d):
+class _StateBatchNorm(_BatchNorm):
     """State batch normalisation: two sets of running statistics, one affine (SLB, 2009.08695).
 
     ``running_mean, running_var`` follow the soft network, ``hard_mean, hard_var`` the hard one. Which set a forward pass
     updates (in training mode) or uses (in evaluation) is up to the flag `hard`.
+
+    Args:
+        like: the norm it takes the place of, with running statistics.
     """
 
     hard_mean: Tensor
     hard_var: Tensor
 
-    def __init__(self, like: nn.BatchNorm2d) -> None:
-        super().__init__(like.num_features, like.eps, like.momentum, like.affine)
-        self.load_state_dict(like.state_dict(), strict=False)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        self.register_buffer("hard_mean", self.running_mean.clone())
-        self.register_buffer("hard_var", self.running_var.clone())
+    def __init__(self, like: _BatchNorm) -> None:
+        mean, var = like.running_mean, like.running_var
+        assert mean is not None
+        assert var is not None
+        super().__init__(like.num_features, like.eps, like.momentum, like.affine, device=mean.device, dtype=mean.dtype)
+        self.load_state_dict(like.state_dict())
+        for name, parameter in like.named_parameters():
+            self.get_parameter(name).requires_grad_(parameter.requires_grad)
+        self.register_buffer("hard_mean", mean.clone())
+        self.register_buffer("hard_var", var.clone())
         self.hard = False
 
-    def train(self, mode: bool = True) -> StateBatchNorm2d:
+    def train(self, mode: bool = True) -> Self:
         self.hard = not mode
         return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.hard:
             return super().forward(x)
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
         momentum = 0.1 if self.momentum is None else self.momentum
         return F.batch_norm(x, self.hard_mean, self.hard_var, self.weight, self.bias, self.training, momentum, self.eps)
+
+
+class StateBatchNorm1d(_StateBatchNorm, nn.BatchNorm1d):
+    __doc__ = _StateBatchNorm.__doc__
+
+
+class StateBatchNorm2d(_StateBatchNorm, nn.BatchNorm2d):
+    __doc__ = _StateBatchNorm.__doc__
+
+
+def state_batchnorm(norm: _BatchNorm) -> _BatchNorm:
+    """The two-statistics norm in the place of a BatchNorm1d or BatchNorm2d.
+
+    Raises:
+        ValueError: another kind of norm, or one without running statistics.
+    """
+    for kind, state in ((nn.BatchNorm1d, StateBatchNorm1d), (nn.BatchNorm2d, StateBatchNorm2d)):
+        if type(norm) is kind and norm.running_mean is not None:
+            return state(norm)
+    what = type(norm).__name__ + (" without running statistics" if norm.running_mean is None else "")
+    raise ValueError(f"state_batchnorm replaces BatchNorm1d and BatchNorm2d with running statistics, not {what}")
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:
@@ -130,7 +159,7 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
 
 def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    if isinstance(norm, StateBatchNorm2d):
+    if isinstance(norm, _StateBatchNorm):
         return norm.hard_mean, norm.hard_var
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -144,12 +173,12 @@ def update_state_batchnorm(model: nn.Module, batch: Tensor) -> None:
     Call it beside each training step of a network prepared with ``state_batchnorm=True``.
 
     Raises:
-        ValueError: the network has no `StateBatchNorm2d`.
+        ValueError: the network has no state batch norm.
     """
-    if not any(isinstance(m, StateBatchNorm2d) for m in model.modules()):
-        raise ValueError("the network has no StateBatchNorm2d; prepare it with state_batchnorm=True")
-    soft = [(m, m.training) for m in _norms(model) if not isinstance(m, StateBatchNorm2d)]
-    with _hard_batch_statistics(model):
+    if not any(isinstance(m, _StateBatchNorm) for m in model.modules()):
+        raise ValueError("the network has no state batch norm; prepare it with state_batchnorm=True")
+    soft = [(m, m.training) for m in _norms(model) if not isinstance(m, _StateBatchNorm)]
+    with _hard_batch_statistics(model), torch.autocast(batch.device.type, enabled=False):
         for norm, _ in soft:
             norm.training = False
         model(batch)

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lowbit.train.batchnorm import StateBatchNorm2d
+from lowbit.train.batchnorm import state_batchnorm as state_norm
 from lowbit.train.layers import PixelInput, Pixels, QuantConv2d, QuantLayer, QuantLinear, Residual, quantized_layers
 from lowbit.train.quantizers import ACTIVATIONS, WEIGHTS, ActivationQuantizer, WeightQuantizer
 from lowbit.train.registry import nearest
@@ -73,20 +74,21 @@ def prepare(
         image: how the first layer reads pixels. With it the network takes raw pixels (0..255, uint8 or float, NCHW);
             without it floats that are already normalised.
         residual_dtype: "float32" or "float16", the precision of the `Residual` modules' sums in evaluation and engine.
-        state_batchnorm: replace BatchNorm2d by the two-statistics `StateBatchNorm2d`.
+        state_batchnorm: replace BatchNorm1d and BatchNorm2d by the two-statistics `StateBatchNorm1d`, `StateBatchNorm2d`.
         skip: name patterns (fnmatch) of layers to leave alone.
         overrides: per name pattern: any of method, weight_bits, activation, activation_bits, options, activation_options,
             skip. Later patterns win over earlier ones, and all win over edges.
-        options: keyword arguments of the weight quantizer (slb: init, spread, learn_values; recu: tau_min, tau_max;
-            adabin, irnet: t_min).
-        activation_options: keyword arguments of the activation quantizer (sign: gradient; pact: alpha; lsq: signed; irnet: t_min).
+        options: keyword arguments of the weight quantizer; the docstring of each names them (`lowbit list`: slb has init, spread,
+            learn_values; lns form, alpha, reduction, rho, rho_plus, rho_minus, gradient; recu tau_min, tau_max; irnet, adabin t_min).
+        activation_options: keyword arguments of the activation quantizer (sign: gradient; pact: alpha; lsq: signed; ...).
 
     Returns:
         The prepared copy.
 
     Raises:
         ValueError: an unknown method, bits or option, a pattern that matches no layer, a layer that can't be quantized
-            (padding_mode other than zeros), float16 asked for without `Residual` modules. Messages name the layer.
+            (padding_mode other than zeros), a norm that `state_batchnorm` can't replace, float16 asked for without `Residual`
+            modules. Messages name the layer.
     """
     if edges not in ("int8", "float", "none"):
         raise ValueError(f"edges is 'int8', 'float' or 'none', not {edges!r}")
@@ -114,8 +116,11 @@ def prepare(
     if image is not None and not isinstance(getattr(_find(model, first), "input_quantizer", None), PixelInput):
         raise ValueError(f"image= needs the first layer, {first!r}, to be prepared, but it is skipped")
     if state_batchnorm:
-        for norm in [m for m in model.modules() if type(m) is nn.BatchNorm2d]:
-            model = _swap(model, norm, StateBatchNorm2d(norm))
+        for name, norm in [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]:
+            try:
+                model = _swap(model, norm, state_norm(norm))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
     _set_residual_dtype(model, residual_dtype)
     model.train(model.training)  # so that the hard flags follow
     return model
@@ -149,11 +154,11 @@ def _plan(
                 raise ValueError(f"overrides[{pattern!r}]: unknown key {key!r}: {nearest(key, list(fields))}")
         for name in _matching(pattern, names, "overrides"):
             start = plans[name]
-            known = {f: getattr(base if f in ("options", "activation_options") else start, f) for f in fields}
-            if "method" in change and change["method"] != base.method:
-                known["options"] = None
-            if "activation" in change and change["activation"] != base.activation:
-                known["activation_options"] = None
+            known = {f: getattr(start, f) for f in fields}
+            for what, options in (("method", "options"), ("activation", "activation_options")):
+                now = change.get(what, getattr(start, what))
+                if now != getattr(start, what):  # another quantizer has options of its own
+                    known[options] = getattr(base, options) if now == getattr(base, what) else None
             plan = _Plan(**{**known, **change})
             _check_plan(plan, f"overrides[{pattern!r}]")
             plans[name] = plan

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowbit.bits import Codes
@@ -102,8 +101,9 @@ class LSQActivation(ActivationQuantizer):
     """`LSQ` for activations: codes 0 .. 2^B - 1 (Qn = 0, Qp = 2^B - 1), or two's complement with ``signed=True``.
 
     The gradient of s is scaled by 1 / sqrt(N Qp), N the number of features of the layer (1902.08153), which we count in one input,
-    without the batch. s is set from the first batch in training to 2 mean|x| / sqrt(Qp), the mean of that over all processes; until
-    then it is what normal inputs (behind a ReLU if unsigned) would give. The buffer `initialised` tells, and goes with the state_dict.
+    without the batch. s is set from the first batch in training to 2 mean|x| / sqrt(Qp) (`lowbit train` takes the mean of that over
+    all processes before the first step); until then it is what normal inputs (behind a ReLU if unsigned) would give. The buffer
+    `initialised` tells, and goes with the state_dict.
 
     Args:
         bits: B.
@@ -147,11 +147,7 @@ class LSQActivation(ActivationQuantizer):
 
     @torch.no_grad()
     def _initialise(self, x: Tensor) -> None:
-        start = _start(x, self._code_type)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(start)
-            start /= dist.get_world_size()
-        self.step.copy_(start)
+        self.step.copy_(_start(x, self._code_type))
         self.initialised.fill_(True)
         self._waiting = False
 

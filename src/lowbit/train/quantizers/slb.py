@@ -104,9 +104,10 @@ class SLB(WeightQuantizer):
         if self.bits == 1:
             out: Tensor = _Expectation.apply(latent, self.temperature * _HALF_SQRT2)  # type: ignore[no-untyped-call]
             return out
-        probabilities = torch.softmax(latent * self.temperature, dim=0)
-        values = self._codes * self._scale if self.values is None else self.values
-        return torch.tensordot(values, probabilities, dims=1)
+        with torch.autocast(latent.device.type, enabled=False):  # which would take the sum in bfloat16
+            probabilities = torch.softmax(latent * self.temperature, dim=0)
+            values = self._codes * self._scale if self.values is None else self.values
+            return torch.tensordot(values, probabilities, dims=1)
 
     @property
     def code_type(self) -> Codes:
