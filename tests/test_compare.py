@@ -1015,6 +1015,12 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
     return run
 
 
+def test_the_command_has_the_changes_of_every_cell(tmp_path: Path, places: Places) -> None:
+    tree = aggregate.aggregate(load(tmp_path, PAIR, "train.lr=0.3", "data.root=my images"), places, 2)
+    path = (tmp_path / "pair.yaml").as_posix()
+    assert aggregate.command(tree) == f"lowbit compare {path} --seeds 2 --set train.lr=0.3 --set 'data.root=my images'"
+
+
 def test_the_command(call: Any, images: Path, tmp_path: Path) -> None:
     table = write(tmp_path, PAIR, tune=TUNE, recipe={**RECIPE, "data": {**RECIPE["data"], "root": str(images)}})
     code, out, _ = call(table, "--dry-run")

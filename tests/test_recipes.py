@@ -23,8 +23,16 @@ from lowbit import cli
 from lowbit.train.data import cifar
 from lowbit.train.data.shards import write_shards
 from lowbit.train.network import build_network
-from lowbit.train.recipe import load_recipe, parse_recipe
-from lowbit.train.rundir import InputSpec
+from lowbit.train.recipe import (
+    AugmentConfig,
+    DistillConfig,
+    QuantizeConfig,
+    ScheduleConfig,
+    TrainConfig,
+    load_recipe,
+    parse_recipe,
+)
+from lowbit.train.rundir import InputSpec, columns
 from lowbit.train.table import Cell, load_table
 from lowbit.train.trainer import load_data
 
@@ -60,6 +68,23 @@ def test_every_recipe_builds_its_network(path: Path) -> None:
 def test_resolved_recipes_read_back_equal(path: Path) -> None:
     recipe = load_recipe(path)
     assert parse_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_the_page_on_recipes_is_right(tmp_path: Path) -> None:
+    """Its examples are read, and it names every key."""
+    text = (ROOT / "docs" / "RECIPES.md").read_text(encoding="utf-8")
+    recipe, table = (block.partition("```")[0] for block in text.split("```yaml\n")[1:])
+    parse_recipe(yaml.safe_load(recipe))
+    path = tmp_path / "mine-on-cifar10.yaml"
+    path.write_text(table)
+    cells = load_table(path).cells()
+    assert {"1/1", "1/2", "2/2", "float", "dorefa", "lns", "mine"} == {cell.label for cell in cells}
+    assert len(load_table(path).tries()) == 3 * 7
+    sections = [QuantizeConfig, AugmentConfig, TrainConfig, DistillConfig, ScheduleConfig]
+    keys = {key for section in sections for key in section.model_fields} | set(columns("accuracy"))
+    assert [
+        key for key in sorted(keys) if f"`{key}`" not in text and f" {key}," not in text and f", {key}`" not in text
+    ] == []
 
 
 def test_names_are_unique() -> None:

@@ -480,10 +480,16 @@ def compare(
             "--check-one", help="Train nothing but one finished cell, drawn by chance, again, and compare the results."
         ),
     ] = False,
-    check_seed: Annotated[int | None, typer.Option(help="Draw the same cell again.", min=0)] = None,
+    check_seed: Annotated[
+        int | None, typer.Option(help="Draw the same cell again: the number the check printed.", min=0)
+    ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Difference that passes the check, in the table's unit; by default see the check.", min=0),
+        typer.Option(
+            help="Difference that passes the check, in the table's unit. By default 0 on the same machine, versions and code, else 3 "
+            "sqrt(2) deviations between seeds.",
+            min=0,
+        ),
     ] = None,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Run cells again whose recipe has changed since their result.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,8 +34,8 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
     else the result on the held-out images.
 
     Returns:
-        ``format, table, title, description, path, seeds`` (as asked for), ``metric, unit, split, cells, comparisons, published, machines,
-        versions, code, dates, seconds``. Values are in the metric's own unit (accuracy: 0 to 1), published ones in the
+        ``format, table, title, description, path, set, seeds`` (as asked for), ``metric, unit, split, cells, comparisons, published,
+        machines, versions, code, dates, seconds``. Values are in the metric's own unit (accuracy: 0 to 1), published ones in the
         paper's (percent). A cell: ``label, n, missing`` (seeds), ``values`` (seed -> value), ``mean, sd, published, runs, top5,
         published_top5, epochs, parameters, warnings, curves`` and the means of ``seconds, gap, flips_start, images_per_second``. A
         comparison: ``one, other, resolved`` and the fields of ``Difference``.
@@ -66,6 +67,7 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
         "title": table.config.title or table.name,
         "description": " ".join(table.config.description.split()),
         "path": table.path.as_posix(),
+        "set": list(table.overrides),
         "seeds": seeds,
         "metric": metric,
         "unit": unit(metric)[0],
@@ -197,7 +199,8 @@ def _heading(tree: Mapping[str, Any]) -> str:
 def command(tree: Mapping[str, Any]) -> str:
     """What makes the table."""
     seeds = "" if tree["seeds"] is None else f" --seeds {tree['seeds']}"
-    return f"lowbit compare {tree['path']}{seeds}{'' if tree['split'] == 'test' else ' --no-test'}"
+    changes = "".join(f" --set {shlex.quote(text)}" for text in tree["set"])
+    return f"lowbit compare {tree['path']}{seeds}{changes}{'' if tree['split'] == 'test' else ' --no-test'}"
 
 
 def table_rows(tree: Mapping[str, Any]) -> list[list[str]]:

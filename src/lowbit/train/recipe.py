@@ -136,6 +136,7 @@ class TrainConfig(Strict):
         epochs: passes over the training images.
         batch_size: images in a forward pass of one process. A step of the optimiser sees ``batch_size`` times ``accumulate``
             times the number of processes; ``lr`` is for that many and is not scaled by itself.
+        eval_batch_size: images in a forward pass of an evaluation or calibration.
         accumulate: forward passes whose gradients are averaged for one step; each has BN statistics of its own.
         optimizer: "sgd" (Nesterov off), "adam" or "adamw".
         lr: peak learning rate.

@@ -4,7 +4,7 @@
 
     name: slb-vgg-small-cifar10          # the file's name
     title: SLB, VGG-Small on CIFAR-10
-    recipe: ../cifar10/vgg-small.yaml    # relative to this file; or a recipe written out here
+    recipe: vgg-small.yaml               # relative to this file; or a recipe written out here
     set: {train.epochs: 500}             # changes of every cell, by dotted key
     axes:                                # the grid is their product; a cell's label joins the values' labels by "/"
       weights: {"1": {quantize.weight_bits: 1}, "2": {quantize.weight_bits: 2}}
@@ -258,6 +258,11 @@ class Table:
     def name(self) -> str:
         """The table's name, that of its file."""
         return self.config.name
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """The ``key=value`` texts that change every cell."""
+        return self._overrides
 
     @property
     def comparisons(self) -> list[tuple[str, str]]:
