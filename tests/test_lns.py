@@ -116,6 +116,8 @@ def test_options_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             LNS(1, **options)
+    with pytest.warns(UserWarning, match=r"alpha = 0: the binary weights start at random"):
+        LNS(form="plain", alpha=0)
     with pytest.warns(UserWarning, match=r"rho_plus = 0\.2.* below plain fine-tuning"):
         LNS(1, rho_plus=0.2)
 
@@ -353,6 +355,9 @@ def test_what_lns_starts_from(runs, tmp_path):
             train(lns_recipe(start), tmp_path / "run")
     with pytest.raises(RecipeError, match=r"train\.start_from: .* lacks 'stem.weight' in the shape of this model"):
         train(lns_recipe(runs / "sign", model__width=8), tmp_path / "run")
+    made = recipe(quantize__method="sign", train__mapping_lr_scale=2)
+    with pytest.raises(RecipeError, match=r"mapping_lr_scale needs a method with a mapping network"):
+        train(made, tmp_path / "run")
     made = recipe(quantize__method="sign", train__start_from=str(runs / "sign"), train__warm_start=1)
     with pytest.raises(RecipeError, match=r"warm_start needs a method with a mapping network, like lns; method 'sign'"):
         train(made, tmp_path / "run")

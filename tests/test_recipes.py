@@ -109,22 +109,39 @@ def test_every_cell_of_every_table_resolves(path: Path) -> None:
     assert published is None or all(published.on(cell.recipe.data.name) for cell in cells)
 
 
-SLB = {
-    "slb-vgg-small-cifar10": 12,
-    "slb-resnet20-cifar10": 12,
-    "slb-bireal-resnet18-imagenet": 9,
+BITS = ("1/1", "1/2", "1/4", "1/8", "1/32", "2/2", "2/4", "2/8", "2/32", "4/4", "4/8", "4/32")
+PUBLISHED = {  # SLB's tables, and the authors' later runs
+    "slb-vgg-small-cifar10": (
+        (92.0, 93.4, 93.5, 93.8, 93.8, 93.5, 93.9, 94.0, 94.0, 93.8, 94.0, 94.1),
+        (92.4, 93.3, 93.8, 93.8, 93.7, 93.7, 93.9, 94.0, 94.0, 93.8, 94.0, 94.1),
+    ),
+    "slb-resnet20-cifar10": (
+        (85.5, 89.5, 90.3, 90.5, 90.6, 90.6, 91.3, 91.7, 92.0, 91.6, 91.8, 92.1),
+        (86.2, 89.7, 90.3, 90.6, 91.0, 90.8, 91.5, 91.6, 91.8, 91.5, 92.0, 92.2),
+    ),
+    "slb-bireal-resnet18-imagenet": (
+        (61.3, 64.8, 66.0, 66.2, 67.1, 66.1, 67.5, 68.2, 68.4),
+        (61.5, 64.9, 66.5, 66.8, 66.9, 66.7, 68.0, 68.4, 68.6),
+    ),
+}
+SETTINGS = {  # optimizer, lr, weight decay of weights and of logits, batch, epochs
+    "slb-vgg-small-cifar10": ("sgd", 0.02, 5e-4, 5e-4, 100, 500),
+    "slb-resnet20-cifar10": ("sgd", 0.1, 1e-4, 1e-4, 100, 500),
+    "slb-bireal-resnet18-imagenet": ("adam", 1e-3, 0, 0, 256, 240),
 }
 
 
 def test_the_33_cells_of_slb() -> None:
-    """Bits, published accuracy and the temperature's schedule of every cell, as the paper has them."""
+    """Bits, published accuracy, settings and the temperature's schedule of every cell, as the paper has them."""
     count = 0
-    for name, expected in SLB.items():
+    for name, (values, runs) in PUBLISHED.items():
         table = load_table(FOLDER / "tables" / f"{name}.yaml")
         published = table.config.published
         assert published is not None
-        assert len(table.labels) == expected
-        assert set(published.values) == set(published.runs) == set(table.labels)
+        labels = BITS[: len(values)]
+        assert sorted(table.labels) == sorted(labels)
+        assert published.values == dict(zip(labels, values, strict=True))
+        assert published.runs == dict(zip(labels, runs, strict=True))
         for cell in table.cells(1):
             q, s, t = cell.recipe.quantize, cell.recipe.schedule, cell.recipe.train
             weights, activations = map(int, cell.label.split("/"))
@@ -133,9 +150,59 @@ def test_the_33_cells_of_slb() -> None:
             level = {1: 0, 2: 1, 4: 2}[weights] + (activations == 32)
             speed = 1.05 if "imagenet" in name else (1.03, 1.04, 1.05, 1.06)[level]
             assert (s.speed, s.start, s.end, s.every) == (speed, 0.3 if "vgg" in name else 0.4, 0.9, "epoch")
-            assert t.epochs == (240 if "imagenet" in name else 500)
+            found = (t.optimizer, t.lr, t.weight_decay, t.latent_weight_decay, t.batch_size, t.epochs)
+            assert found == SETTINGS[name]
             count += 1
     assert count == 33
+
+
+def test_the_cells_of_lns() -> None:
+    """Published accuracy and settings of both LNS tables, as the paper has them; theta's epochs come in front."""
+    small, large = (load_table(FOLDER / "tables" / f"lns-{name}.yaml") for name in ("resnet20-cifar10", "imagenet"))
+    assert small.config.published.values == {"baseline": 85.06, "fine-tuning": 85.26, "mapping": 85.36, "lns": 85.56}
+    assert large.config.published.values == {
+        "resnet18/baseline": 52.5, "resnet18/fine-tuning": 52.8, "resnet18/lns": 53.1, "bireal/baseline": 59.0,
+        "bireal/lns": 59.4, "alexnet/baseline": 43.9, "alexnet/lns": 44.4,
+    }  # fmt: skip
+    assert large.config.published.top5 == {
+        "resnet18/baseline": 76.7, "resnet18/fine-tuning": 76.8, "resnet18/lns": 77.0, "bireal/baseline": 81.3, "bireal/lns": 81.7,
+    }  # fmt: skip
+
+    def settings(cell: Cell) -> tuple[Any, ...]:
+        t = cell.recipe.train
+        steps = [m - t.warm_start for m in t.milestones]
+        return (
+            t.lr,
+            t.batch_size,
+            t.epochs - t.warm_start,
+            steps,
+            t.gamma,
+            t.momentum,
+            t.weight_decay,
+            t.latent_weight_decay,
+        )
+
+    for cell in small.cells(1):
+        if cell.label == "baseline":
+            assert settings(cell) == (
+                0.1,
+                128,
+                400,
+                [100, 200, 300],
+                0.1,
+                0.9,
+                0,
+                0,
+            )  # where its steps are is not published
+        else:
+            assert settings(cell) == (0.01, 128, 120, [30, 60, 90], 0.1, 0.9, 0, 0)
+            assert [need.label for need in cell.needs.values()] == ["baseline"]
+    for cell in large.cells(1):
+        stage = cell.label.partition("/")[2]
+        expected = (0.1, 256, 120, [70, 90, 110]) if stage == "baseline" else (0.01, 256, 45, [15, 30])
+        assert settings(cell) == (*expected, 0.1, 0.9, 0, 0)
+    for cell in (*small.cells(1, ["lns"]), *large.cells(1, ["resnet18/lns"])):
+        assert cell.recipe.quantize.options == {"alpha": 1, "rho": 0.005}
 
 
 # ------------------------------------------------------------------------------------------------ every cell

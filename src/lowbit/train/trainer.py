@@ -106,11 +106,12 @@ def _starting_network(recipe: Recipe, spec: InputSpec) -> nn.Module:
         check_start(model, start)
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: {error}") from None
-    if recipe.train.warm_start and not mapping_parameters(model):
-        raise RecipeError(
-            f"{recipe.name}: train.warm_start needs a method with a mapping network, like lns; method "
-            f"{recipe.quantize.method!r} has none"
-        )
+    for key, without in (("warm_start", 0), ("mapping_lr_scale", 1)):
+        if getattr(recipe.train, key) != without and not mapping_parameters(model):
+            raise RecipeError(
+                f"{recipe.name}: train.{key} needs a method with a mapping network, like lns; method "
+                f"{recipe.quantize.method!r} has none"
+            )
     return model
 
 

@@ -144,7 +144,8 @@ class LNS(WeightQuantizer):
         bits: 1.
         form: ``"residual"``: f(W) = x + g(x) with x = W / mean|W| and g the three convolutions, the last one started at zero:
             training starts from exactly sign(W). ``"plain"``: f = g, as in the paper, started at random: let it learn sign(W)
-            first, with the rest of the network frozen (the trainer's ``train.warm_start``). g reads x in either form.
+            first, with the rest of the network frozen (the trainer's ``train.warm_start``), from the noisy loss: with alpha = 0
+            nothing tells it of sign(W). g reads x in either form.
         alpha: weight of the noisy loss; 0 is the ablation "mapping without noisy loss". The paper uses 1 for CIFAR-10.
         reduction: ``"mean"`` of l~ over the weights of the layer (equation 16) or ``"sum"`` (equation 17). alpha means
             nothing without it: between the two lies a factor of the layer's size. The model's loss adds up its layers.
@@ -154,7 +155,8 @@ class LNS(WeightQuantizer):
         gradient: d sign(q) / dq: ``"identity"``, or ``"clipped"`` (1 for \\|q\\| <= 1, else 0).
 
     Raises:
-        ValueError: an option that is out of range; rates that sum to 1 or more. Warns of rates from 0.2 on.
+        ValueError: an option that is out of range; rates that sum to 1 or more. Warns of rates from 0.2 on, and of the plain form
+            with alpha = 0.
     """
 
     allowed_bits = (1,)
@@ -186,6 +188,13 @@ class LNS(WeightQuantizer):
         self.rho_plus = rho if rho_plus is None else rho_plus
         self.rho_minus = rho if rho_minus is None else rho_minus
         _check_rates(self.rho_plus, self.rho_minus)
+        if form == "plain" and alpha == 0:
+            warnings.warn(
+                "LNS with form 'plain' and alpha = 0: the binary weights start at random, and nothing in the loss leads them back to "
+                "sign(W); the mapping without the noisy loss needs form 'residual'",
+                QuantizerWarning,
+                stacklevel=2,
+            )
         self.form, self.alpha, self.reduction, self.gradient = form, alpha, reduction, gradient
         self._step = steps[gradient]
         self._kept: tuple[Tensor, tuple[Any, ...]] | None = None
