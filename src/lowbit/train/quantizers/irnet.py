@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowbit.train.quantizers.base import ACTIVATIONS, WEIGHTS, Encoded, magnitude, per_channel, sign
@@ -102,13 +103,21 @@ def _shift(w: Tensor) -> Tensor:
 class IRNetActivation(ErrorDecay, BinaryActivation):
     """q(x) = sign(x) with the error decay estimator's gradient: see `IRNet`, whose `t_min` it needs too (1909.10788).
 
+    The authors' networks have a hardtanh in front of every sign. The sign does not see it, but the gradient does: it is 0
+    outside [-1, 1], while the estimator's own is about 1 everywhere in the first half of a run.
+
     Args:
         bits: 1.
         t_min: t at the start, 0 < t_min <= 10.
+        clip: have that hardtanh. Without it our 12-block network trains badly (docs/LOG.md).
 
     Raises:
         ValueError: t_min outside its range.
     """
 
+    def __init__(self, bits: int = 1, t_min: float = 0.1, clip: bool = True) -> None:
+        super().__init__(bits, t_min)
+        self.clip = bool(clip)
+
     def fake(self, x: Tensor) -> Tensor:
-        return self.decayed_sign(x)
+        return self.decayed_sign(F.hardtanh(x) if self.clip else x)
