@@ -155,6 +155,8 @@ def test_version(call: Call) -> None:
         ("tables", "recipes/tables/fashion-mnist-bits.yaml"),
         ("models", "bireal_resnet14"),
         ("methods", "slb"),
+        ("methods", "Options: t_min=0.1, clip=True"),
+        ("models", "blocks=4"),
         ("methods", "beta_o = mean(w_o)"),  # the formula below the first line
         ("datasets", "image_folder"),
         ("ops", "global_avg_pool"),

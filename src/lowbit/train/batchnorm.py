@@ -1,7 +1,7 @@
 """Batch-norm statistics of the hard network: calibration, and the two-statistics state batch norm.
 
 The statistics of W_c * x (training) and W_q * x (inference) differ, so a network trained with W_c and run with W_q is off
-(SLB, 2009.08695). Calibration re-measures them with hard weights; `StateBatchNorm2d` keeps both.
+(SLB, 2009.08695). Calibration re-measures them with hard weights; `StateBatchNorm1d` and `StateBatchNorm2d` keep both.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
 
     The running mean and variance become the plain averages of the batches' own, measured in float32 with hard weights
     (SLB authors' later recipe). Call it before every evaluation; use clean (un-augmented) training images, about as
-    many as there are to evaluate on. Gradients, modes and soft statistics of `StateBatchNorm2d` are left as they were.
+    many as there are to evaluate on. Gradients, modes and soft statistics of state batch norms are left as they were.
 
     Args:
         model: a prepared network.
