@@ -98,6 +98,12 @@ def test_refusals(teacher, tmp_path):
     with pytest.raises(RunError, match=what + r".*does not tell the recipe and the input of its network"):
         train(taught(plain), run)
     path = tmp_path / "other.ckpt"
+    tree = torch.load(teacher / "checkpoints" / "final.ckpt", weights_only=True)
+    tree["recipe"]["model"] = {"name": "os:mkdir", "path": str(tmp_path / "made")}
+    torch.save(tree, path)
+    with pytest.raises(RunError, match=what + r".*'os:mkdir', Python code that a checkpoint may not have called"):
+        train(taught(path), run)
+    assert not (tmp_path / "made").exists()
     for change, message in (
         ({"classes": ["a", "b", "c"]}, r"answers 3 classes \(a, b, c\), this data has 3 classes \(across"),
         ({"height": 28, "width": 28}, "reads images of 1x28x28, this data has 1x12x12"),

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,23 @@ def test_the_command_line_starts_the_processes(tmp_path):
     assert re.search("^error: image_folder needs data.root", said, re.MULTILINE)
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_process_dies_with_its_launcher():
+    """Also where nobody can tell it: the launcher is killed, and each process leads a session of its own."""
+    source = (
+        "import os, time\nfrom lowbit.train.distributed import _die_with_parent\n"
+        "if os.fork() == 0:\n    os.setsid()\n    _die_with_parent()\n    print(os.getpid(), flush=True)\ntime.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        process = int(launcher.stdout.readline())
+        launcher.kill()
+        assert launcher.stdout.read() == "", "the pipe closes when the last of them has ended"
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(process, 0)
+            time.sleep(0.05)
 
 
 def test_devices_without_processes_are_refused(tmp_path):

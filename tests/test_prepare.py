@@ -334,6 +334,37 @@ def test_calibration_averages_the_batches_with_hard_weights() -> None:
     assert not model.blocks[0].conv.hard
 
 
+def test_calibration_weighs_batches_by_their_size() -> None:
+    """A short last batch is no more than its images, and one image alone goes with the batch before it."""
+    model = net()
+    conv, bn = model.stem, model.bn
+    x = torch.cat([images(8, 0), images(4, 1) / 2])
+    assert calibrate_batchnorm(model, [x[:8], x[8:]]) == 2
+    conv.eval()
+    y = conv(x)
+    torch.testing.assert_close(bn.running_mean, y.mean((0, 2, 3)))
+    torch.testing.assert_close(bn.running_var, (2 * y[:8].var((0, 2, 3)) + y[8:].var((0, 2, 3))) / 3)
+    assert calibrate_batchnorm(model, [x[:6], x[6:11], x[11:]]) == 3
+    torch.testing.assert_close(bn.running_mean, y.mean((0, 2, 3)))
+    torch.testing.assert_close(bn.running_var, (y[:6].var((0, 2, 3)) + y[6:].var((0, 2, 3))) / 2)
+    features = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3))
+    norm = prepare(features, method="float", edges="none")
+    z = torch.randn(5, 5)
+    assert calibrate_batchnorm(norm, z.split(2)) == 3
+    torch.testing.assert_close(norm[1].running_mean, norm[0].eval()(z).mean(0))
+
+
+def test_calibration_of_single_images_stays_single() -> None:
+    """Images of different sizes come one by one; nothing is put together."""
+    model, other = net(), net()
+    one_by_one = [images(1, s) for s in range(3)]
+    assert calibrate_batchnorm(model, one_by_one) == 3
+    model.stem.eval()
+    outputs = [model.stem(x) for x in one_by_one]
+    torch.testing.assert_close(model.bn.running_var, torch.stack([o.var((0, 2, 3)) for o in outputs]).mean(0))
+    assert calibrate_batchnorm(other, [images(2, 0), images(1, 1)[..., :4]]) == 2
+
+
 def test_calibration_without_batches_changes_nothing() -> None:
     model = net()
     model(images())

@@ -101,8 +101,8 @@ def _hard_batch_statistics(model: nn.Module) -> Iterator[None]:
 def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Re-estimate every batch norm's running statistics with hard weights.
 
-    The running mean and variance become the plain averages of the batches' own, measured in float32 with hard weights
-    (SLB authors' later recipe). Call it before every evaluation; use clean (un-augmented) training images, about as
+    The running mean and variance become the averages of the batches' own, each with the weight of its size, measured in
+    float32 with hard weights (SLB authors' later recipe). One image behind a batch of more counts as a part of that batch. Call it before every evaluation; use clean (un-augmented) training images, about as
     many as there are to evaluate on. Gradients, modes and soft statistics of state batch norms are left as they were.
 
     Args:
@@ -110,7 +110,7 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
         batches: input tensors.
 
     Returns:
-        How many batches were used.
+        How many batches were given.
 
     Raises:
         ValueError: no batch was given, or one that is no tensor (and the statistics are left as they were).
@@ -126,36 +126,56 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
         counter = norm.num_batches_tracked
         saved.append((mean.clone(), var.clone(), None if counter is None else counter.clone()))
     momenta = [norm.momentum for norm in norms]
-    count = 0
+    count, first = 0, 0
+    weight = 0.0  # in units of the first batch: equal batches are weighted by 1
     device_type = next((p.device.type for p in model.parameters()), "cpu")
     done = False
     try:
         for norm in norms:
             norm.momentum = 1.0
         with _hard_batch_statistics(model), constant_weights(model), torch.autocast(device_type, enabled=False):
-            for batch in batches:
-                if not isinstance(batch, Tensor):
-                    raise ValueError(
-                        f"calibrate_batchnorm takes batches of inputs alone, got a {type(batch).__name__}: "
-                        "for a loader of pairs give (x for x, _ in loader)"
-                    )
+            for given, batch in _with_variance(batches):
                 model(batch)
-                count += 1
+                count += given
+                first = first or batch.numel()
+                share = batch.numel() / first
+                weight += share
                 for (mean, var), (mean_sum, var_sum) in zip(stats, sums, strict=True):
-                    mean_sum.add_(mean)
-                    var_sum.add_(var)
+                    mean_sum.add_(mean, alpha=share)
+                    var_sum.add_(var, alpha=share)
         done = count > 0
     finally:
         for i, norm in enumerate(norms):
             norm.momentum = momenta[i]
             (mean, var), (old_mean, old_var, counter) = stats[i], saved[i]
-            mean.copy_(sums[i][0] / count if done else old_mean)
-            var.copy_(sums[i][1] / count if done else old_var)
+            mean.copy_(sums[i][0] / weight if done else old_mean)
+            var.copy_(sums[i][1] / weight if done else old_var)
             if counter is not None and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.copy_(counter)
     if not done:
         raise ValueError("calibrate_batchnorm needs at least one batch")
     return count
+
+
+def _with_variance(batches: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """The batches, and how many of those given each is made of: one image that is left over, and may have no variance,
+    goes with those before it."""
+    count = 0
+    held: Tensor | None = None
+    for batch in batches:
+        if not isinstance(batch, Tensor):
+            raise ValueError(
+                f"calibrate_batchnorm takes batches of inputs alone, got a {type(batch).__name__}: "
+                "for a loader of pairs give (x for x, _ in loader)"
+            )
+        if held is not None and len(held) > 1 and batch.shape == (1, *held.shape[1:]):
+            count, held = count + 1, torch.cat((held, batch))
+            continue
+        if held is not None:
+            yield count, held
+        count, held = 1, batch
+    if held is not None:
+        yield count, held
 
 
 def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:

@@ -254,6 +254,8 @@ class _Runner:
         each.place = worker_of(self.places.run_dir(cell)) or each.place
         try:
             code = future.result()
+            if 128 < code <= 128 + signal.SIGRTMAX and code != 128 + signal.SIGINT:
+                code = 128 - code  # one of the processes of the cell was killed, and the one that started them says so
             if code == 0:
                 if step.for_run:
                     self.on_event(Event("finish", cell, "its run directory is there again"))

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import atexit
 import copy
+import ctypes
 import hashlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -269,6 +271,7 @@ def join(device: str) -> Ranks:
     """
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         return ALONE
+    _die_with_parent()
     local_rank = int(os.environ["LOCAL_RANK"])
     if device == "cuda":
         torch.cuda.set_device(local_rank)
@@ -278,6 +281,16 @@ def join(device: str) -> Ranks:
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     atexit.register(_leave)
     return Ranks(rank, world_size, local_rank, int(os.environ["LOCAL_WORLD_SIZE"]), group, store)
+
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def _die_with_parent() -> None:
+    """Be killed when the launcher is: each process leads a session of its own, so that no signal to the launcher's group
+    reaches it, and one that is left over keeps its GPU and the run directory. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _leave() -> None:

@@ -123,15 +123,26 @@ def _of_run(run_dir: Path) -> Trained:
     return Trained(recipe, spec, restore(recipe, spec, tree, f"{run_dir}: final.ckpt"))
 
 
+def _refuse_code(recipe: Any, place: Path) -> None:
+    """A checkpoint is data, and comes from anywhere: it may not say which function of which package is called."""
+    model = recipe.get("model") if isinstance(recipe, Mapping) else None
+    name = str(model.get("name")) if isinstance(model, Mapping) else ""
+    if ":" in name:
+        raise RunError(
+            f"{place} is of the model {name!r}, Python code that a checkpoint may not have called: give the directory of its run"
+        )
+
+
 def load_trained(path: str | Path, what: str) -> Trained:
     """The network of a finished run's directory, or of one checkpoint (``best.ckpt``, ``final.ckpt``).
 
     Args:
-        path: directory or file; ``~`` is the home directory.
+        path: directory or file; ``~`` is the home directory. The directory is trusted as a recipe is: it may name a function.
         what: the key that asks for it, for messages.
 
     Raises:
-        RunError: it is not there, not finished, broken, or a checkpoint that does not tell its recipe and input.
+        RunError: it is not there, not finished, broken, or a checkpoint that does not tell its recipe and input, or of
+            a model ``package.module:function``.
     """
     place = Path(path).expanduser()
     try:
@@ -143,6 +154,7 @@ def load_trained(path: str | Path, what: str) -> Trained:
                 f"{place} does not tell the recipe and the input of its network: give the directory of its run, or "
                 "its best.ckpt or final.ckpt"
             )
+        _refuse_code(tree["recipe"], place)
         recipe, spec = parse_recipe(tree["recipe"], str(place)), InputSpec.from_json(tree["input"])
         return Trained(recipe, spec, restore(recipe, spec, tree, str(place)))
     except RecipeError as error:

@@ -448,7 +448,8 @@ def _train(
         run["broken_images"] = sorted(everywhere.union(run.get("broken_images", ())))
         with ranks.together():
             if ranks.main:
-                run["results"] = _finish(module, data, parts.calibration, test, run["warnings"])
+                with _back_on(device, model):
+                    run["results"] = _finish(module, data, parts.calibration, test, run["warnings"])
                 note("finished")
         run = ranks.broadcast(run)
         ranks.copy((*model.parameters(), *model.buffers()))
@@ -549,6 +550,16 @@ def _fit(
             plugins=[_WholeCheckpoints()],
         )
         trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
+
+
+@contextmanager
+def _back_on(device: str, model: nn.Module) -> Iterator[None]:
+    """Lightning leaves a network on the CPU when it ends; what evaluates it belongs on the device that trained it."""
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.cpu()
 
 
 def _finish(
