@@ -757,14 +757,14 @@ def _tables() -> list[tuple[str, str]]:
 
 
 def _about(registry: Any) -> list[tuple[str, str]]:
-    return [(name, "\n".join([_summary(registry.get(name)), *_options(registry.get(name))])) for name in registry]
+    return [(name, "\n".join([_summary(registry.get(name)), *_taken(registry.get(name))])) for name in registry]
 
 
 _GIVEN: Final = ("bits", "classes", "in_channels", "image_size", "root")
 """Arguments that have keys of their own in a recipe, or come from the data."""
 
 
-def _options(thing: Any) -> list[str]:
+def _taken(thing: Any) -> list[str]:
     """A line with the options of a method, model or data set and their defaults; none where there are none."""
     known = {key: p.default for key, p in introspection.signature(thing).parameters.items() if key not in _GIVEN}
     return ["Options: " + ", ".join(f"{key}={value}" for key, value in known.items())] if known else []

@@ -102,7 +102,8 @@ def calibrate_batchnorm(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Re-estimate every batch norm's running statistics with hard weights.
 
     The running mean and variance become the averages of the batches' own, each with the weight of its size, measured in
-    float32 with hard weights (SLB authors' later recipe). One image behind a batch of more counts as a part of that batch. Call it before every evaluation; use clean (un-augmented) training images, about as
+    float32 with hard weights (SLB authors' later recipe). One image behind a batch of more counts as a part of that
+    batch. Call it before every evaluation; use clean (un-augmented) training images, about as
     many as there are to evaluate on. Gradients, modes and soft statistics of state batch norms are left as they were.
 
     Args:
