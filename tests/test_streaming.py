@@ -10,7 +10,9 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 import lowbit
-from lowbit.predict import predict, read_image
+from lowbit.predict import ImageError, predict, read_image
 from lowbit.train.data import DATASETS, Augment, DataError, bench
 from lowbit.train.data.decode import BrokenImageError, Geometry, decode, random_box
 from lowbit.train.data.imagenet import imagenet_folder, imagenet_shards, read_folder
@@ -391,6 +393,137 @@ def test_orientation_and_transparency():
     assert (decode(encoded(clear, "PNG"), Geometry(16, 16)) == 255).all()
 
 
+def seen_by_all(data: bytes, size: tuple[int, int], path: Path) -> list[np.ndarray]:
+    """The whole image as prediction, evaluation and training see it, RGB."""
+    path.write_bytes(data)
+    width, height = size
+    assert width == height
+    whole = Augment(resized_crop=(1.0, 1.0), ratio=(1.0, 1.0))
+    return [
+        read_image(path, (height, width), 3),
+        decode(data, Geometry(width, width)),
+        decode(data, Geometry(width, width), whole, np.random.default_rng(0)),
+    ]
+
+
+def exif(*tags: tuple[int, int, int, bytes]) -> bytes:
+    """A block of (tag, type, count, value of 4 bytes)."""
+    body = b"".join(struct.pack("<HHL4s", *tag) for tag in tags)
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + body + bytes(4)
+
+
+SIX = (0x0112, 3, 1, b"\6\0\0\0")
+DAMAGED_EXIF = {
+    "a resolution of letters": (exif(SIX, (0x011A, 2, 4, b"abc\0")), True),
+    "a date that is a float": (exif(SIX, (0x0132, 11, 1, b"abcd")), True),
+    "a compression of letters": (exif(SIX, (0x0103, 2, 4, b"abc\0")), True),
+    "an orientation of letters": (exif((0x0112, 2, 2, b"6\0\0\0")), False),
+    "an orientation that is a float": (exif((0x0112, 11, 1, struct.pack("<f", 6))), False),
+    "orientation 9": (exif((0x0112, 3, 1, b"\x09\0\0\0")), False),
+    "no header": (b"Exif\0\0" + exif(SIX)[8:], False),
+    "cut short": (exif(SIX)[:20], False),
+}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize(("block", "turned"), DAMAGED_EXIF.values(), ids=DAMAGED_EXIF.keys())
+def test_damaged_exif_data_of_a_sound_image(kind, block, turned, tmp_path):
+    image = noise(16, 16)
+    data = encoded(image, kind, exif=block)
+    expected = np.asarray(Image.open(io.BytesIO(encoded(image, kind))).convert("RGB"))
+    if turned:
+        expected = np.rot90(expected, -1)
+    for found in seen_by_all(data, (16, 16), tmp_path / "image"):
+        assert np.array_equal(found, expected)
+
+
+def sixteen_bits(pixels: np.ndarray, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG of gray or RGB, by hand: Pillow writes no 16-bit RGB."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">L", len(content)) + kind + content + struct.pack(">L", zlib.crc32(kind + content))
+
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">LLBBBBB", width, height, 16, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
+    inside = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in inside)
+
+
+def test_16_bits_of_a_png_keep_the_high_byte(tmp_path):
+    gray = np.arange(0, 65536, dtype=np.uint16).reshape(256, 256)
+    expected = np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, 2)
+    assert expected[0, 0, 0] == 0
+    assert expected[1, 0, 0] == 1
+    assert expected[255, 255, 0] == 255
+    path = tmp_path / "image.png"
+    for pixels in (gray, np.repeat(gray[..., None], 3, 2)):
+        for found in seen_by_all(sixteen_bits(pixels), (256, 256), path):
+            assert np.array_equal(found, expected)
+        assert np.array_equal(read_image(path, (256, 256), 1), expected[..., :1])
+    turned = sixteen_bits(gray, (b"eXIf", exif(SIX)[6:]))
+    for found in seen_by_all(turned, (256, 256), path):
+        assert np.array_equal(found, np.rot90(expected, -1))
+    # one gray value is declared transparent, and so white; its neighbours with the same high byte are not
+    white = expected.copy()
+    white[3, 232] = 255
+    for found in seen_by_all(sixteen_bits(gray, (b"tRNS", struct.pack(">H", 1000))), (256, 256), path):
+        assert np.array_equal(found, white)
+
+
+@pytest.mark.parametrize("pixels", [np.int32, np.float32, np.uint16])
+def test_pixels_whose_white_is_not_known_are_refused(pixels, tmp_path):
+    data = encoded(Image.fromarray(np.full((9, 9), 300, pixels)), "TIFF")
+    (tmp_path / "image.tif").write_bytes(data)
+    with pytest.raises(
+        ImageError, match=r"image\.tif: wide pixels \(mode .* of a TIFF file\).*save it as an 8-bit PNG"
+    ):
+        read_image(tmp_path / "image.tif", (9, 9), 3)
+    for augment in (None, AUGMENT):
+        with pytest.raises(BrokenImageError, match="wide pixels"):
+            decode(data, Geometry(9, 9), augment, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
+def test_any_damage_is_one_kind_of_error(kind, tmp_path):
+    """Pillow's decoders raise what they like: here all that a damaged file gives is an image or its refusal."""
+    random, whole = np.random.default_rng(6), encoded(noise(24, 20), kind)
+    path, refused = tmp_path / "image", 0
+    for i in range(150):
+        data = bytearray(whole)
+        for at in random.integers(0, min(len(data), 120), 3):
+            data[at] = random.integers(256)
+        path.write_bytes(data)
+        errors = []
+        for read in (
+            lambda: read_image(path, (8, 8), 3),
+            lambda: decode(bytes(data), Geometry(8, 8)),  # noqa: B023
+            lambda: decode(bytes(data), Geometry(8, 8), AUGMENT, np.random.default_rng(0)),  # noqa: B023
+        ):
+            try:
+                read()
+            except (ImageError, BrokenImageError) as error:
+                errors.append(str(error))
+        assert len(errors) in (0, 3), f"damage {i}: the three do not agree"
+        refused += bool(errors)
+    assert refused > 0
+
+
+def test_an_error_of_a_decoder_that_no_list_has(tmp_path, monkeypatch):
+    path = tmp_path / "odd.png"
+    path.write_bytes(encoded(noise(9, 9), "PNG"))
+
+    def load(_: Image.Image) -> None:
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with pytest.raises(ImageError, match=r"odd\.png: not a readable image \(unpack requires"):
+        read_image(path, (8, 8), 3)
+    for augment in (None, AUGMENT):
+        with pytest.raises(BrokenImageError, match=r"not a readable image \(unpack requires"):
+            decode(path.read_bytes(), Geometry(8, 8), augment, np.random.default_rng(0))
+
+
 BROKEN = {
     "cut short": encoded(noise(60, 50))[:700],
     "no image": b"something else",
@@ -469,7 +602,7 @@ def test_nothing_but_broken_images_is_an_error(tmp_path, tree, workers):
     for path in (root / "train").rglob("*.png"):
         path.write_bytes(b"")
     data = imagenet_folder(root, **SMALL, broken="skip")
-    with pytest.raises(DataError, match="and 50 images before it: not an image"):
+    with pytest.raises(DataError, match="and 50 images before it: not a readable image"):
         list(data.batches(4, workers=workers))
 
 
@@ -483,6 +616,10 @@ class _Deadly(Records):
 
     def order(self, generator: torch.Generator) -> np.ndarray:  # noqa: ARG002
         return np.arange(10)
+
+    @property
+    def identity(self) -> bytes:
+        return b""
 
 
 def test_a_killed_worker_is_one_clear_error():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 _BATCH: Final = 64
+_ORIENTATION: Final = 0x0112  # EXIF 2.3, table 4
 
 
 class ImageError(ValueError):
@@ -32,14 +34,84 @@ class Prediction:
     classes: tuple[tuple[str, float], ...]
 
 
-def upright(opened: Image.Image, channels: int) -> Image.Image:
-    """Turned as its EXIF data says, transparent parts white, gray (1 channel) or RGB (3). Pillow's errors pass through."""
-    from PIL import Image, ImageOps
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Around what Pillow does with a file: whatever it raises there becomes an ImageError that says why, not which file."""
+    from PIL import UnidentifiedImageError
 
-    image: Image.Image = ImageOps.exif_transpose(opened)
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise ImageError("no such file") from None
+    except UnidentifiedImageError:
+        raise ImageError("not a readable image (PNG, JPEG, BMP or WebP)") from None
+    except Exception as error:  # its decoders have no common error: struct.error, IndexError, zlib.error, ...
+        raise ImageError(f"not a readable image ({str(error) or type(error).__name__})") from None
+
+
+def orientation(opened: Image.Image) -> int:
+    """How the image has to be turned, as EXIF numbers it: 1 (not at all) to 8. 1 too where the EXIF data can't be read.
+
+    A JPEG is not decoded for it, so that it can still be decoded at a smaller size.
+    """
+    if opened.format != "JPEG":
+        opened.load()  # the EXIF data of a PNG may stand behind its pixels
+    try:
+        turn = opened.getexif().get(_ORIENTATION, 1)
+    except MemoryError:
+        raise
+    except Exception:  # damaged metadata of a sound image: struct.error, SyntaxError, TypeError, ...
+        return 1
+    return turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
+
+
+def upright(opened: Image.Image, channels: int, turn: int) -> Image.Image:
+    """Turned, transparent parts white, gray (1 channel) or RGB (3), 8 bits. Pillow's errors pass through.
+
+    16-bit PNGs keep the high byte, ``pixel >> 8``, gray as RGB (for RGB, Pillow reads no more).
+
+    Args:
+        opened: what ``Image.open`` gave.
+        channels: 1 or 3.
+        turn: see `orientation`.
+
+    Raises:
+        ImageError: pixels whose white is not known: 32 bits, floats, 16 bits in other files than PNG.
+    """
+    from PIL import Image
+
+    transpose = Image.Transpose
+    method = {
+        2: transpose.FLIP_LEFT_RIGHT,
+        3: transpose.ROTATE_180,
+        4: transpose.FLIP_TOP_BOTTOM,
+        5: transpose.TRANSPOSE,
+        6: transpose.ROTATE_270,
+        7: transpose.TRANSVERSE,
+        8: transpose.ROTATE_90,
+    }.get(turn)
+    opened.load()
+    image = _high_byte(opened) if opened.mode[0] in "IF" else opened
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("L" if channels == 1 else "RGB")
+    image = image.convert("L" if channels == 1 else "RGB")
+    return image if method is None else image.transpose(method)
+
+
+def _high_byte(opened: Image.Image) -> Image.Image:
+    """8-bit gray of wide gray pixels; ``convert`` would clip them at 255 and give a white image."""
+    from PIL import Image
+
+    if opened.format != "PNG" or not opened.mode.startswith("I;16"):
+        raise ImageError(
+            f"wide pixels (mode {opened.mode} of a {opened.format} file), whose white is not known; save it as an 8-bit PNG"
+        )
+    wide = np.asarray(opened)
+    gray = (wide >> 8).astype(np.uint8)
+    gray[wide == opened.info.get("transparency", -1)] = 255
+    return Image.fromarray(gray)
 
 
 def centre(image: Image.Image, size: tuple[int, int], resize: int | None = None) -> Image.Image:
@@ -72,26 +144,22 @@ def read_image(
     Args:
         path: a file that Pillow reads.
         size: height and width.
-        channels: 1 (gray) or 3 (RGB). Transparent parts become white.
+        channels: 1 (gray) or 3 (RGB). Transparent parts become white; of 16 bits, in a PNG, the high 8 are kept.
         invert: give 255 - pixel, for dark drawings on a light ground where the network knows light on dark.
         resize: see `centre`; a file's ``meta["image"]["resize"]`` says what its network was evaluated with.
 
     Raises:
-        ImageError: no such file, or not an image.
+        ImageError: no such file, not an image, or one whose pixels have more than 8 bits and no known white (`upright`).
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if channels not in (1, 3):
         raise ImageError(f"{path}: the network reads {channels} channels; an image gives 1 (gray) or 3 (RGB)")
     try:
-        with Image.open(path) as opened:
-            image = upright(opened, channels)
-    except FileNotFoundError:
-        raise ImageError(f"{path}: no such file") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{path}: not a readable image (PNG, JPEG, BMP or WebP)") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path}: not a readable image ({error})") from None
+        with decoding(), Image.open(path) as opened:
+            image = upright(opened, channels, orientation(opened))
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
     pixels = np.asarray(centre(image, size, resize), np.uint8)
     if invert:
         pixels = 255 - pixels

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from lowbit.predict import centre, upright
+from lowbit.predict import ImageError, centre, decoding, orientation, upright
 from lowbit.train.data.batches import Augment
 from lowbit.train.data.images import DataError
 
 __all__ = ["BrokenImageError", "Geometry", "decode", "random_box"]
 
-_ORIENTATION = 0x0112  # EXIF
 _TRIES = 10
 
 
@@ -69,9 +68,9 @@ def decode(
 ) -> NDArray[np.uint8]:
     """Decode one image.
 
-    Turned as its EXIF data says; transparent parts become white. Where a training cut is shrunk to half or less, a JPEG
-    is decoded at a half, quarter or eighth of its size ("draft"), never below the size that is asked for; evaluation
-    decodes in full.
+    What the file holds is read as prediction reads it: ``lowbit.predict.orientation`` and ``upright``. Where a training cut
+    is shrunk to half or less, a JPEG is decoded at a half, quarter or eighth of its size ("draft"), never below the size
+    that is asked for; evaluation decodes in full.
 
     Args:
         data: a file that Pillow reads.
@@ -83,23 +82,21 @@ def decode(
         u8 ``[size, size, 3]``, RGB.
 
     Raises:
-        BrokenImageError: not an image, or cut short.
+        BrokenImageError: not an image, cut short, or of pixels that ``upright`` refuses.
     """
-    cut = augment is not None and augment.resized_crop is not None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")  # broken EXIF data of sound images
-            with Image.open(io.BytesIO(data)) as opened:
-                if cut:
-                    assert augment is not None
-                    assert random is not None
-                    image = _cut(opened, geometry.size, augment, random)
-                else:
-                    image = centre(upright(opened, 3), (geometry.size, geometry.size), geometry.resize)
-    except UnidentifiedImageError:
-        raise BrokenImageError("not an image that Pillow reads") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise BrokenImageError(f"not a whole image ({error})") from None
+            if augment is not None and augment.resized_crop is not None:
+                assert random is not None
+                image = _cut(data, geometry.size, augment, augment.resized_crop, random)
+            else:
+                with decoding():
+                    opened = Image.open(io.BytesIO(data))
+                    whole = upright(opened, 3, orientation(opened))
+                image = centre(whole, (geometry.size, geometry.size), geometry.resize)
+    except ImageError as error:
+        raise BrokenImageError(str(error)) from None
     pixels = np.asarray(image, np.uint8)
     if augment is not None and augment.flip:
         assert random is not None
@@ -108,20 +105,22 @@ def decode(
     return pixels
 
 
-def _cut(image: Image.Image, size: int, augment: Augment, random: np.random.Generator) -> Image.Image:
-    assert augment.resized_crop is not None
+def _cut(
+    data: bytes, size: int, augment: Augment, scale: tuple[float, float], random: np.random.Generator
+) -> Image.Image:
+    with decoding():
+        opened = Image.open(io.BytesIO(data))
+        turn = orientation(opened)
     # the box is drawn from the size in the header, so that a smaller decoding does not change what is drawn
-    turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-    whole = upright(image, 3) if turned else None
-    width, height = image.size if whole is None else whole.size
-    box: tuple[float, float, float, float] = random_box(width, height, augment.resized_crop, augment.ratio, random)
-    if whole is None:
+    width, height = opened.size if turn < 5 else opened.size[::-1]
+    box: tuple[float, float, float, float] = random_box(width, height, scale, augment.ratio, random)
+    if turn == 1 and opened.format == "JPEG":
         wide, high = box[2] - box[0], box[3] - box[1]
-        if image.format == "JPEG":
-            # draft takes the smallest decoding that is at least as large; ceil keeps the cut at `size` pixels or more
-            image.draft(image.mode, (math.ceil(width * size / wide), math.ceil(height * size / high)))
-            # one pixel of a draft stands for `shrink` x `shrink`; the last row and column may stand for fewer
-            shrink = next(s for s in (1, 2, 4, 8) if (-(-width // s), -(-height // s)) == image.size)
-            box = (box[0] / shrink, box[1] / shrink, box[2] / shrink, box[3] / shrink)
-        whole = upright(image, 3)
+        # draft takes the smallest decoding that is at least as large; ceil keeps the cut at `size` pixels or more
+        opened.draft(opened.mode, (math.ceil(width * size / wide), math.ceil(height * size / high)))
+        # one pixel of a draft stands for `shrink` x `shrink`; the last row and column may stand for fewer
+        shrink = next(s for s in (1, 2, 4, 8) if (-(-width // s), -(-height // s)) == opened.size)
+        box = (box[0] / shrink, box[1] / shrink, box[2] / shrink, box[3] / shrink)
+    with decoding():
+        whole = upright(opened, 3, turn)
     return whole.resize((size, size), Image.Resampling.BILINEAR, box=box)
