@@ -24,9 +24,10 @@ from PIL import Image
 import lowbit
 from lowbit.predict import ImageError, predict, read_image
 from lowbit.train.data import DATASETS, Augment, DataError, bench
+from lowbit.train.data import shards as shards_module
 from lowbit.train.data.decode import BrokenImageError, Geometry, decode, random_box
 from lowbit.train.data.imagenet import imagenet_folder, imagenet_shards, read_folder
-from lowbit.train.data.shards import Shard, ShardRecords, main, open_index, write_shards
+from lowbit.train.data.shards import Index, Shard, ShardRecords, main, open_index, write_shards
 from lowbit.train.data.streaming import Encoded, Records, StreamingData, default_workers
 from lowbit.train.evaluation import evaluate_file, evaluate_run
 from lowbit.train.export import export_run
@@ -641,13 +642,15 @@ def test_shards_hold_the_files_as_they_are(tree, shards, tmp_path):
         names = tar.getnames()
         assert names[0].endswith(".png")
         assert names[1] == names[0].removesuffix("png") + "cls"
-    folder, records = read_folder(tree), ShardRecords(shards, index.train, 3, 1)
+    folder, records = read_folder(tree), ShardRecords(shards, index, "train", 1)
     files = {(e.data, e.label) for e in map(folder.train.read, range(COUNT))}
     assert {(e.data, e.label) for e in map(records.read, range(COUNT))} == files
     assert len(files) == COUNT
     write_shards(tree, tmp_path / "again", samples=7)
-    for path in shards.iterdir():
-        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+    names = {path.name for path in shards.iterdir()} - {"shards.npz"}  # which holds times of modification
+    assert len(names) == 9 + 3 + 2
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (shards / name).read_bytes()
     with pytest.raises(DataError, match="is not empty"):
         write_shards(tree, tmp_path / "again")
     with pytest.raises(DataError, match="at least 1"):
@@ -676,7 +679,7 @@ def test_an_epoch_mixes_neighbouring_shards(shards):
     starts = np.cumsum([0, *(s.samples for s in index.train)])
 
     def order(shuffle: int, seed: int = 0) -> np.ndarray:
-        return ShardRecords(shards, index.train, 3, shuffle).order(torch.Generator().manual_seed(seed))
+        return ShardRecords(shards, index, "train", shuffle).order(torch.Generator().manual_seed(seed))
 
     for shuffle in (1, 8, 15, 1000):
         numbers = order(shuffle)
@@ -696,14 +699,14 @@ def test_an_epoch_mixes_neighbouring_shards(shards):
 
 
 def test_too_many_shards_at_once(tmp_path):
-    many = [Shard(f"train-{i:06}.tar", 2, 1) for i in range(400)]
+    many = tuple(Shard(f"train-{i:06}.tar", 2, 1) for i in range(400))
     with pytest.raises(DataError, match=r"data\.shuffle = 600 mixes the images of 300 shards, at most 250"):
-        ShardRecords(tmp_path, many, 2, 600)
-    ShardRecords(tmp_path, [*many, Shard("train-last.tar", 1, 1)], 2, 400)
+        ShardRecords(tmp_path, Index(("a", "b"), many), "train", 600)
+    ShardRecords(tmp_path, Index(("a", "b"), (*many, Shard("train-last.tar", 1, 1))), "train", 400)
 
 
 def test_few_shards_are_open_at_a_time(shards):
-    records = ShardRecords(shards, open_index(shards).train, 3, 1)
+    records = ShardRecords(shards, open_index(shards), "train", 1)
     for number in range(COUNT):
         records.read(number)
         assert len(records._opened) <= 2
@@ -825,17 +828,124 @@ def test_shards_of_others_are_counted_once(tmp_path):
 
 
 def test_a_folder_that_can_not_keep_the_index(own_shards, monkeypatch, caplog):
-    from lowbit.train.data import shards as module
-
     def full(path, content):  # noqa: ARG001
         raise OSError(30, "Read-only file system")
 
     expected = open_index(own_shards)
     (own_shards / "shards.json").unlink()
-    monkeypatch.setattr(module, "write_atomic", full)
+    (own_shards / "shards.npz").unlink()
+    monkeypatch.setattr(shards_module, "write_atomic", full)
     found = open_index(own_shards)
-    assert (found.train, found.test) == (expected.train, expected.test)
-    assert "counted at every start" in caplog.text
+    assert found == expected, "class names too: they come from classes.txt"
+    assert np.array_equal(found.places, expected.places)
+    for name in ("shards.json", "shards.npz"):
+        assert (
+            f"{name} can't be kept (Read-only file system): the shards are read through at every start" in caplog.text
+        )
+        assert not (own_shards / name).exists()
+
+
+def count_scans(monkeypatch) -> list[str]:
+    """The names of the shards whose headers are read through from now on, in this process or one forked from it."""
+    scanned, scan = [], shards_module._scan
+
+    def counted(stream, path):
+        scanned.append(path.name)
+        return scan(stream, path)
+
+    monkeypatch.setattr(shards_module, "_scan", counted)
+    return scanned
+
+
+def test_no_shard_is_read_through_twice(own_shards, monkeypatch):
+    scanned = count_scans(monkeypatch)
+    data = imagenet_shards(own_shards, **SMALL)
+    for epoch in (0, 1):
+        batches = data.batches(8, workers=0)
+        batches.set_epoch(epoch)
+        seen(batches)
+    assert scanned == [], "the writer knows where it put the images"
+
+    written = (own_shards / "shards.npz").read_bytes()
+    expected = open_index(own_shards).places
+    whole = [f"train-{i:06d}.tar" for i in range(9)] + [f"val-{i:06d}.tar" for i in range(3)]
+    for damage in (None, b"", written[:-400], written[:60], b"no archive"):
+        path = own_shards / "shards.npz"
+        path.unlink() if damage is None else path.write_bytes(damage)
+        assert np.array_equal(open_index(own_shards).places, expected), "found by reading as by writing"
+        assert scanned == whole
+        scanned.clear()
+        assert np.array_equal(open_index(own_shards).places, expected)
+        assert scanned == []
+        assert path.read_bytes() == written
+
+    shard = own_shards / "train-000001.tar"
+    os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
+    open_index(own_shards)
+    assert scanned == whole, "a shard that was written again may be another"
+    scanned.clear()
+    monkeypatch.setattr(shards_module, "_scan", None)  # in a worker process nothing could count it
+    assert sorted(seen(imagenet_shards(own_shards, **SMALL).evaluation("full", 8, workers=2))) == list(range(COUNT))
+
+
+def test_places_of_1_3_million_images_are_small(tmp_path):
+    count = 1_281_167
+    places = np.zeros(count, shards_module._PLACE)
+    records = ShardRecords(tmp_path, Index(("a", "b"), (Shard("train-0.tar", count, 1),), (), places), "train", 1)
+    assert len(pickle.dumps(records)) < 30e6
+    assert np.shares_memory(records._places, places), "forked workers share them"
+
+
+def test_an_image_that_is_no_longer_in_its_place(own_shards):
+    records = ShardRecords(own_shards, open_index(own_shards), "train", 1)
+    path, place = own_shards / "train-000000.tar", records._places[1]
+    whole = path.read_bytes()
+    start, end = int(place["offset"]), int(place["offset"] + place["size"])
+    label = end + -end % 512  # where the header of the label's file lies, which is 1 byte large
+    for header in (bytes(512), b"x" * 512, whole[label : label + 512]):
+        damaged = whole[: start - 512] + header + whole[start:]
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"train-000000\.tar: this shard has changed: no image of \d+ bytes at \d+"):
+            records.read(1)
+    path.write_bytes(whole)
+    assert records.read(1).data == whole[start:end]
+
+
+def test_shards_that_came_after_the_index_are_refused(own_shards):
+    whole = open_index(own_shards)
+    for name in ("train-000009.tar", "train-000010.tar", "val-000003.tar"):
+        shutil.copy(own_shards / "train-000002.tar", own_shards / name)
+    with pytest.raises(
+        DataError, match=r"train-000009\.tar, train-000010\.tar, val-000003\.tar not in shards\.json"
+    ) as caught:
+        open_index(own_shards)
+    assert f"delete {own_shards / 'shards.json'} to have the shards counted again" in str(caught.value)
+    shutil.copy(own_shards / "train-000002.tar", own_shards / "train-000011.tar")
+    with pytest.raises(DataError, match=r"train-000011\.tar and 1 more not in shards\.json, which knows 12 shards"):
+        imagenet_shards(own_shards, **SMALL)
+    (own_shards / "shards.json").unlink()
+    again = open_index(own_shards)
+    assert again == open_index(own_shards), "now they are known"
+    assert (len(again.train), len(again.test)) == (12, 4)
+    assert again.classes == whole.classes
+
+
+def test_empty_shards_and_both_kinds_of_test_shards(own_shards, caplog):
+    """What counting makes of a folder is what it accepts afterwards."""
+    expected = open_index(own_shards)
+    write_one(own_shards, [], "train-000004a.tar")
+    write_one(own_shards, [], "train-999999.tar")
+    for path in list(own_shards.glob("val-*.tar")):
+        shutil.copy(path, own_shards / path.name.replace("val", "test"))
+    (own_shards / "shards.json").unlink()
+    assert open_index(own_shards) == open_index(own_shards)
+    index = open_index(own_shards)
+    assert [shard.samples for shard in index.train] == [7] * 5 + [0] + [7] * 3 + [4, 0]
+    assert index.test == expected.test
+    assert caplog.text.count("val-*.tar are taken for the test set, test-*.tar are passed over") == 1
+    data = imagenet_shards(own_shards, **SMALL, shuffle=15)
+    assert sorted(seen(data.evaluation("full", 7, workers=0))) == list(range(COUNT))
+    assert sorted(seen(data.evaluation("test", 7, workers=0))) == [100 + i for i in range(3 * TESTS)]
 
 
 @pytest.mark.parametrize(
@@ -851,12 +961,14 @@ def test_a_folder_that_can_not_keep_the_index(own_shards, monkeypatch, caplog):
         ([("a.jpg", b""), ("a.json", b'{"name": 1}')], r"sample 'a': \.json holds .*not an object with \"label\""),
         ([("a.jpg", b""), ("a.json", b'{"label": true}')], r"sample 'a': \.json holds"),
         ([("a.jpg", b""), ("a.json", b"[1")], r"sample 'a': \.json holds"),
+        ([("a.jpg", b""), ("a.cls", b"%d" % 2**31)], r"sample 'a': \.cls holds b'2147483648'"),
+        ([("a.jpg", b""), ("a.cls", b"0")], r"1 classes in these shards, at least 2"),
     ],
 )
 def test_samples_that_are_none(tmp_path, members, message):
     with pytest.raises(DataError, match=message) as caught:
         open_index(write_one(tmp_path / "one", members))
-    assert "train-0.tar" in str(caught.value)
+    assert "train-0.tar" in str(caught.value) or "classes" in message
 
 
 def test_index_refusals(own_shards, tmp_path):
@@ -881,7 +993,7 @@ def test_index_refusals(own_shards, tmp_path):
     refused("1 classes", classes=["ant"])
     refused("a broken index", train=3)
     refused("is no shard of this folder", train=[{**whole["train"][0], "name": "../train-000000.tar"}])
-    refused("with 0 samples", train=[{**whole["train"][0], "samples": 0}, *whole["train"][1:]])
+    refused("with -1 samples", train=[{**whole["train"][0], "samples": -1}, *whole["train"][1:]])
     refused(
         r"train-000000\.tar: 7 samples, 8 in shards\.json",
         train=[{**whole["train"][0], "samples": 8}, *whole["train"][1:]],
@@ -890,7 +1002,7 @@ def test_index_refusals(own_shards, tmp_path):
         r"train-000000\.tar: 7 samples, 6 in shards\.json",
         train=[{**whole["train"][0], "samples": 6}, *whole["train"][1:]],
     )
-    refused(r"train-\d*\.tar/.*: label 2, but there are 2 classes", classes=["ant", "bee"])
+    refused(r"train-\d*\.tar/\d+_cow_\d\d: label 2, but there are 2 classes", classes=["ant", "bee"])
     path.write_text(json.dumps(whole)[:-20])
     with pytest.raises(DataError, match=r"shards\.json: a broken index"):
         read_all(own_shards)

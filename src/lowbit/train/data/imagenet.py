@@ -45,6 +45,10 @@ class FileRecords(Records):
     def order(self, generator: torch.Generator) -> Numbers:
         return torch.randperm(len(self), generator=generator).numpy()
 
+    @property
+    def identity(self) -> bytes:
+        return self._names.tobytes() + self._labels.astype("<i4").tobytes()
+
     def read(self, number: int) -> Encoded:
         label = int(self._labels[number])
         folder = self._folders[label] if len(self._folders) > 1 else self._folders[0]
@@ -224,15 +228,14 @@ def imagenet_shards(
         raise DataError(f"data.shuffle = {shuffle}: at least 1")
     geometry, base = Geometry(size, resize), Path(root).expanduser()
     index = open_index(base)
-    classes = len(index.classes)
     return StreamingData(
         "imagenet_shards",
         index.classes,
         ZERO_POINT,
         SCALE,
         geometry,
-        ShardRecords(base, index.train, classes, shuffle),
-        ShardRecords(base, index.test, classes, shuffle) if index.test else None,
+        ShardRecords(base, index, "train", shuffle),
+        ShardRecords(base, index, "test", shuffle) if index.test else None,
         validation_images,
         SPLIT_SEED,
         train_images,
