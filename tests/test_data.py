@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import math
 import struct
 import tarfile
+import tracemalloc
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.train.data import DATASETS, Augment, Batches, DataError, DataSource, ImageData, cifar, fashion_mnist, rounds
-from lowbit.train.data.batches import random_crop_flip
+from lowbit.train.data import image_folder as image_folder_module
+from lowbit.train.data.batches import generator_of, random_crop_flip
 from lowbit.train.data.images import split_indices
 
 COUNTS = {"train": 50, "t10k": 20}
@@ -344,6 +349,65 @@ def test_image_folder(tmp_path, channels):
         _ = data.test_x
 
 
+def write_noise(root: Path, counts: tuple[int, ...], size: int) -> list[np.ndarray]:
+    random, written = np.random.default_rng(3), []
+    for label, count in enumerate(counts):
+        (root / f"class{label}").mkdir(parents=True)
+        for i in range(count):
+            written.append(random.integers(0, 256 - 80 * label, (size, size, 3)).astype(np.uint8))
+            Image.fromarray(written[-1]).save(root / f"class{label}" / f"{i:03}.png")
+    return written
+
+
+def test_mean_and_deviation_are_exact(tmp_path, monkeypatch):
+    pixels = np.stack(write_noise(tmp_path, (11, 8, 5), 7)).transpose(0, 3, 1, 2)
+    found = set()
+    for at_once in (2**22, 500, 1):
+        monkeypatch.setattr(image_folder_module, "_AT_ONCE", at_once)
+        data = DATASETS.get("image_folder")(root=tmp_path, size=7)
+        train, _ = split_indices(24, 5, image_folder_module.SPLIT_SEED)
+        x = pixels[train].astype(int)
+        assert np.array_equal(data.train_x, x)
+        assert data.zero_point == tuple(round(Fraction(int(x[:, c].sum()), x[:, c].size)) for c in range(3))
+        mean = Fraction(int(x.sum()), x.size)
+        variance = sum((v - mean) ** 2 for v in x.ravel().tolist()) / (x.size - 1)
+        assert data.scale == 1 / math.sqrt(variance)
+        found.add((data.zero_point, data.scale))
+    assert len(found) == 1
+    one = tmp_path / "one"
+    write_noise(one, (1, 1), 1)
+    assert DATASETS.get("image_folder")(root=one, size=1, channels=1).scale == 1, "one pixel has no deviation"
+
+
+class LargestResult(TorchDispatchMode):
+    """The size of the largest tensor that an operation gives."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.bytes = max(self.bytes, out.nbytes)
+        return out
+
+
+def test_a_folder_needs_the_memory_of_its_images_once(tmp_path):
+    write_noise(tmp_path, (40, 40), 100)
+    with LargestResult():
+        DATASETS.get("image_folder")(root=tmp_path, size=1)  # whatever is imported at first use is there now
+    tracemalloc.start()
+    try:
+        with LargestResult() as largest:
+            data = DATASETS.get("image_folder")(root=tmp_path, size=100)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    images = 80 * 100 * 100 * 3
+    assert data.full_x.nbytes == images
+    assert peak < 1.5 * images, "arrays of NumPy"
+    assert largest.bytes <= images, "tensors of PyTorch"
+
+
 def test_image_folder_with_a_test_set(tmp_path):
     write_images(tmp_path / "train")
     write_images(tmp_path / "test", 3)
@@ -406,6 +470,14 @@ def test_batches_are_a_permutation_without_the_rest():
     assert len(batches) == 4
     assert len(seen) == len(seen.unique()) == 20
     assert all(torch.equal(images[:, 0, 0, 0], labels.to(torch.uint8)) for images, labels in batches)
+
+
+def test_the_streams_of_keys():
+    """A resumed run needs the very numbers that another version drew."""
+    assert generator_of(1, 2).initial_seed() == 6306526848564946091
+    keys = [(s, e, p) for s in range(20) for e in range(20) for p in range(20)]
+    assert len({generator_of(*key).initial_seed() for key in keys}) == len(keys)
+    assert generator_of(3, 4).initial_seed() == generator_of(3, 4, 0).initial_seed()
 
 
 def test_batches_depend_on_seed_and_epoch_alone():

@@ -17,7 +17,12 @@ __all__ = ["Augment", "Batches", "TrainingBatches", "generator_of", "random_crop
 
 
 def generator_of(*key: int) -> torch.Generator:
-    """A generator for a tuple of integers; neighbouring tuples give unrelated streams."""
+    """A generator for a tuple of integers, 0 to 2^32 - 1; tuples of one length that differ give unrelated streams.
+
+    Zeros at the end don't count, as ``numpy.random.SeedSequence`` fills up with them: ``(s, e)`` and ``(s, e, 0)`` give one
+    stream. So the order of epoch e and what is done to its batch 0 are drawn from the same numbers, used differently. It
+    stays so: another rule would change the batches of every run there is.
+    """
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 

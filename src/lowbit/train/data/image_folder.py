@@ -6,12 +6,12 @@ Layout: ``root/<class>/*.png|jpg``, or ``root/train/<class>/...`` and ``root/tes
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lowbit.predict import SUFFIXES, ImageError, read_image
@@ -21,6 +21,8 @@ from lowbit.train.data.images import DataError, ImageData, split_indices
 __all__ = ["image_folder"]
 
 SPLIT_SEED = 20_201_204
+_AT_ONCE = 2**22
+"""So many pixels are copied at a time to be counted."""
 
 _log = logging.getLogger("lowbit.train")
 
@@ -34,18 +36,22 @@ def _class_folders(folder: Path) -> list[Path]:
     return found
 
 
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+
+
 def _read(
     folders: list[Path], size: tuple[int, int], channels: int, resize: int | None, passed_over: list[str] | None
 ) -> tuple[Tensor, Tensor]:
     """All images. Names of broken ones are added to `passed_over`; with None the first is an error."""
-    images: list[NDArray[np.uint8]] = []
+    inside = [_images(folder) for folder in folders]
+    x = np.empty((sum(map(len, inside)), channels, *size), np.uint8)
     labels: list[int] = []
-    for label, folder in enumerate(folders):
-        paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
-        before = len(images)
+    for label, (folder, paths) in enumerate(zip(folders, inside, strict=True)):
+        before = len(labels)
         for path in paths:
             try:
-                images.append(read_image(path, size, channels, resize=resize).transpose(2, 0, 1))
+                x[len(labels)] = read_image(path, size, channels, resize=resize).transpose(2, 0, 1)
             except ImageError as error:
                 if passed_over is None:
                     raise DataError(
@@ -53,11 +59,34 @@ def _read(
                     ) from None
                 passed_over.append(f"{folder.name}/{path.name}")
                 _log.warning("%s; passed over", error)
-        if len(images) == before:
+            else:
+                labels.append(label)
+        if len(labels) == before:
             what = "no image that can be read" if paths else f"no images ({', '.join(sorted(SUFFIXES))})"
             raise DataError(f"{folder}: {what}; fill the folder or remove it")
-        labels += [label] * (len(images) - before)
-    return torch.from_numpy(np.stack(images)), torch.tensor(labels, dtype=torch.int64)
+    return torch.from_numpy(x[: len(labels)]), torch.tensor(labels, dtype=torch.int64)
+
+
+def _statistics(x: Tensor, which: Tensor) -> tuple[tuple[int, ...], float]:
+    """Rounded mean of each channel, and the standard deviation (divisor count - 1) of all pixels together.
+
+    From counts of the 256 values, so that no number of pixels costs memory, and sums are exact.
+
+    Args:
+        x: u8 ``[N, C, H, W]``.
+        which: int64, the images to look at.
+    """
+    counts = torch.zeros(x.shape[1], 256, dtype=torch.int64)
+    for part in torch.split(which, max(1, _AT_ONCE // x[0].numel())):
+        for channel, pixels in enumerate(x[part].transpose(0, 1)):
+            counts[channel] += torch.bincount(pixels.flatten(), minlength=256)
+    values = torch.arange(256)
+    sums: list[int] = (counts * values).sum(1).tolist()
+    in_channel = len(which) * x[0, 0].numel()
+    # integers of any size; Python rounds their quotients once
+    count, total, squares = in_channel * len(sums), sum(sums), int((counts * values**2).sum())
+    variance = (count * squares - total**2) / (count * (count - 1)) if count > 1 else 0.0
+    return tuple(round(s / in_channel) for s in sums), math.sqrt(variance)
 
 
 @DATASETS.register("image_folder")
@@ -106,14 +135,13 @@ def image_folder(
     names = tuple(folder.name for folder in folders)
     found: list[str] = []
     passed_over = found if broken == "skip" else None
+    files = "\n".join(f"{folder.name}/{path.name}" for folder in folders for path in _images(folder))
     x, y = _read(folders, (size, size), channels, resize, passed_over)
     validation = max(1, round(len(x) * validation_fraction))
     if validation >= len(x):
         raise DataError(f"{base}: {len(x)} images are too few to hold {validation} out")
     train, _ = split_indices(len(x), validation, SPLIT_SEED)
-    pixels = x[train].double()
-    zero_point = tuple(int(m) for m in pixels.mean(dim=(0, 2, 3)).round())
-    deviation = float(pixels.std())
+    zero_point, deviation = _statistics(x, train)
 
     def read_test() -> tuple[Tensor, Tensor]:
         if not apart:
@@ -138,4 +166,5 @@ def image_folder(
         has_test=apart,
         resize=resize,
         found_broken=found,
+        files=files.encode(errors="surrogateescape"),
     )

@@ -102,6 +102,11 @@ class DataSource(ABC):
         """The same ``count`` training images (or all, where there are fewer) every time, as they are, mixed."""
 
     @property
+    @abstractmethod
+    def identity(self) -> bytes:
+        """What tells the training images, held-out ones included, from others: cheap, and the same on every machine."""
+
+    @property
     def broken(self) -> tuple[str, ...]:
         """Names of the images that could not be read so far and were passed over."""
         return ()
@@ -121,6 +126,8 @@ class ImageData(DataSource):
         split_seed: seed of the permutation whose first ``validation`` entries are held out.
         train_images: use only this many of the training images (in permuted order); None for all.
         found_broken: names of images that were passed over.
+        files: names of the training images' files, which tell them from others; None where they come as arrays, and the
+            labels and some of the pixels do.
     """
 
     name: str
@@ -136,6 +143,15 @@ class ImageData(DataSource):
     has_test: bool = True
     resize: int | None = None
     found_broken: list[str] = field(default_factory=list)
+    files: bytes | None = field(default=None, repr=False)
+
+    @property
+    def identity(self) -> bytes:
+        if self.files is not None:
+            return self.files
+        x, y = self._all
+        some = x[:: max(1, len(x) // 1000)]
+        return y.numpy().astype("<i8").tobytes() + some.contiguous().numpy().tobytes()
 
     @property
     def broken(self) -> tuple[str, ...]:

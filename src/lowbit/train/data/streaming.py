@@ -32,7 +32,7 @@ _log = logging.getLogger("lowbit.train")
 
 _IN_A_ROW = 100
 """So many images one behind the other that can't be read are no broken images, but a broken data set."""
-_EVALUATION, _CALIBRATION = 1, 2  # keys of orders that don't change, apart from those of the epochs
+_EVALUATION, _CALIBRATION = 1, 2  # with the split's seed in front, keys of orders that don't change
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Records(ABC):
     @abstractmethod
     def order(self, generator: torch.Generator) -> Numbers:
         """All numbers in a random order that can be read fast."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> bytes:
+        """Names and labels, or whatever else tells these images from others without reading them."""
 
 
 def default_workers(world_size: int = 1) -> int:
@@ -288,6 +293,10 @@ class StreamingData(DataSource):
                 raise DataError(f"{name}: train_images = {train_images}, but there are {len(kept)} to take")
             kept = kept[:train_images]
         self._members: dict[Part, Numbers] = {"train": np.sort(kept), "val": np.sort(held)}
+
+    @property
+    def identity(self) -> bytes:
+        return self._train.identity
 
     @property
     def broken(self) -> tuple[str, ...]:
