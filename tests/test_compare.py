@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -19,16 +20,28 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import Callback
 from PIL import Image
 
 from lowbit import cli
 from lowbit.train import aggregate, cells, compare
 from lowbit.train.cells import Action, Places
+from lowbit.train.data import DATASETS, ImageData
+from lowbit.train.data.shards import write_shards
 from lowbit.train.recipe import RecipeError, load_recipe, parse_recipe
-from lowbit.train.rundir import RunError, read_metrics, write_json, write_metrics
+from lowbit.train.rundir import (
+    RunError,
+    RunLock,
+    fingerprint,
+    read_metrics,
+    read_run,
+    sessions,
+    write_json,
+    write_metrics,
+)
 from lowbit.train.statistics import paired, summary
 from lowbit.train.table import Cell, Table, TableError, hash_recipe, load_cell, load_table, stored_recipe
-from lowbit.train.trainer import train
+from lowbit.train.trainer import load_data, train
 from lowbit.train.workers import Job, LocalExecutor, lock
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -98,9 +111,7 @@ def test_one_cell_is_a_recipe_of_its_own(tmp_path: Path) -> None:
         TableError, match=r"cell 'tuned' starts from a run of 'float', and .*chain-float-seed1 is not there"
     ):
         load_cell(path, "tuned", 1, runs=runs)
-    start = runs / "chain-float-seed1"
-    start.mkdir(parents=True)
-    (start / "run.json").write_text("{}")
+    start = made_up(load_cell(path, "float", 1), runs / "chain-float-seed1")
     tuned = load_cell(path, "tuned", 1, runs=runs)
     assert (tuned.name, tuned.seed, tuned.train.start_from) == ("chain-tuned-seed1", 1, str(start))
     assert tuned.train.lr == 0.01
@@ -108,6 +119,45 @@ def test_one_cell_is_a_recipe_of_its_own(tmp_path: Path) -> None:
     assert (mine.train.distill.teacher, mine.train.lr) == ("mine", 0.5)
     with pytest.raises(TableError, match="no cell 'floats': did you mean"):
         load_cell(path, "floats")
+
+
+def made_up(recipe: Any, run_dir: Path, status: str = "finished") -> Path:
+    """A run without a network."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "recipe.yaml").write_text(recipe.to_yaml())
+    keys = {"epochs": 2, "epochs_done": 1, "wall_seconds": 1, "resumed": 0, "input": {}, "results": None}
+    write_json(run_dir / "run.json", {"format": 1, "status": status, **keys})
+    return run_dir
+
+
+def test_a_cell_starts_from_the_run_that_its_table_has(tmp_path: Path) -> None:
+    tree = {**CHAIN, "cells": {**CHAIN["cells"], "again": {"set": {"train.lr": 0.001}, "after": "tuned"}}}
+    path, runs = write(tmp_path, tree), tmp_path / "runs"
+    start = made_up(load_cell(path, "float", 0, ["train.epochs=1"]), runs / "chain-float-seed0")
+    with pytest.raises(
+        TableError,
+        match=r"'tuned' starts from a run of 'float', and \S+chain-float-seed0 was trained with another recipe "
+        r"\(train\.epochs: 1, not 2\): train it first \(--cell float --seed 0 --overwrite\), or .*--set train\.start_from=RUN",
+    ):
+        load_cell(path, "tuned", runs=runs)
+    trial = load_cell(path, "tuned", 0, ["train.epochs=1"], runs)
+    assert trial.train.start_from == str(start), "a trial of a trial"
+    with pytest.raises(TableError, match=r"train\.epochs: 1, not 3"):
+        load_cell(path, "tuned", 0, ["train.epochs=3"], runs)
+    assert load_cell(path, "tuned", 0, [f"train.start_from={start}"], runs).train.start_from == str(start)
+
+    made_up(load_cell(path, "float", 0, ["data.root=elsewhere", "train.workers=3"]), start)
+    tuned = load_cell(path, "tuned", 0, ["train.lr=0.7"], runs)
+    assert tuned.train.lr == 0.7, "its own override, not that of the run it starts from"
+    made_up(load_cell(path, "float", 0), start, "failed")
+    with pytest.raises(TableError, match=r"has not finished \(failed\): .*--cell float --seed 0 --resume"):
+        load_cell(path, "tuned", runs=runs)
+    made_up(load_cell(path, "float", 0), start)
+    mine = made_up(load_cell(path, "tuned", 0, ["train.start_from=mine"]), runs / "chain-tuned-seed0")
+    with pytest.raises(TableError, match=r"\(train\.start_from: mine, not \S+chain-float-seed0\)"):
+        load_cell(path, "again", runs=runs)
+    made_up(load_cell(path, "tuned", runs=runs), mine)
+    assert load_cell(path, "again", runs=runs).train.start_from == str(mine)
 
 
 def test_train_takes_a_cell(
@@ -134,6 +184,14 @@ def test_train_takes_a_cell(
 # ------------------------------------------------------------------------------------------ executors of these tests
 
 
+SESSION: dict[str, Any] = {
+    "started": "2030-01-02T03:00:00+00:00",
+    "code": {"lowbit": "1", "source": "s", "commit": "c", "dirty": False},
+    "versions": {"python": "3", "torch": "2", "numpy": "2", "lightning": "2"},
+    "machine": {"architecture": "x", "processor": "some CPU", "cores": 2, "threads": 1, "device": "cpu", "gpu": None},
+}
+
+
 def accuracy(recipe: Any) -> float:
     """What a made-up run of a recipe ends with: some number of everything that matters."""
     return int(hash_recipe(recipe)[:6], 16) % 9000 / 10000 + 0.05
@@ -154,7 +212,7 @@ class MadeUp:
     def submit(self, job: Job) -> Future[int]:
         status = self.statuses.pop(0) if self.statuses else 0
         self.jobs.append(job)
-        self.recipes.append(load_recipe(job.run_dir / "recipe.yaml" if job.resume else job.recipe))
+        self.recipes.append(load_recipe(job.recipe))
         future: Future[int] = Future()
 
         def work() -> None:
@@ -181,15 +239,8 @@ class MadeUp:
             "resumed": int(job.resume),
             "input": {},
             "finished": "2030-01-02T03:04:05+00:00",
-            "versions": {"python": "3", "torch": "2", "numpy": "2", "lightning": "2"},
-            "machine": {
-                "architecture": "x",
-                "processor": "some CPU",
-                "cores": 2,
-                "threads": 1,
-                "device": "cpu",
-                "gpu": None,
-            },
+            **SESSION,
+            "sessions": [*(sessions(read_run(job.run_dir)) if job.resume else ()), SESSION],
             "metric": "accuracy",
             "parameters": 7,
             "warnings": [],
@@ -267,6 +318,10 @@ def results(table: Table, places: Places, split: str = "test") -> dict[str, floa
         ({"cells": {"a": {"after": "b"}}}, r"cells\.a: no cell 'b'"),
         ({"cells": {"a": {"after": "b"}, "b": {"teacher": "a"}}}, r"cells start from each other: a -> b -> a"),
         ({"cells": {"a": {"after": "a"}}}, r"cells start from each other: a -> a"),
+        (
+            {"cells": {"a": {"after": "float", "set": {"train.start_from": "x"}}, "float": {}}},
+            r"cells\.a\.set: 'train\.start_from' is filled in with the run of 'float'",
+        ),
         ({"cells": {"1-1": {}}}, r"cells '1/1' and '1-1' would share their files"),
         ({"cells": {"../x": {}}}, r"cells\.\.\./x"),
         ({"axes": {}, "cells": {}, "skip": []}, r"has no cells"),
@@ -301,6 +356,13 @@ def test_what_is_no_table(tmp_path: Path) -> None:
         load(tmp_path, PAIR).cells(1, ["fsat"])
     with pytest.raises(TableError, match="--set 'seed=1': is filled in by the table"):
         load(tmp_path, PAIR, "seed=1")
+    for text, where in (
+        ("train.start_from=x", "train.start_from of cell 'tuned'"),
+        ("train={epochs: 1}", "train.start_from of cell 'tuned'"),
+        ("train.distill.teacher=x", "train.distill.teacher of cell 'taught'"),
+    ):
+        with pytest.raises(TableError, match=rf"--set '{text}': \S+ fills in {where} with its run of 'float'; another"):
+            load(tmp_path, CHAIN, text)
 
 
 def test_the_grid(tmp_path: Path) -> None:
@@ -505,10 +567,20 @@ def test_a_worker_killed_before_its_first_word(tmp_path: Path, places: Places) -
     slow = places.run_dir(table.cells(1, ["slow"])[0])
     (slow / "checkpoints").mkdir(parents=True)
     (slow / "recipe.yaml").write_text("")
+    (slow / "model.lowbit").write_text("half removed, by an --overwrite that was killed")
+    with RunLock(slow) as held:
+        held.take()
+        _, failures = go(table, places, cells=table.cells(1, ["slow"]))
+        assert [f.error.partition("; ")[0] for f in failures] == [
+            f"{slow}: is in use by {(slow / 'run.lock').read_text().strip()}"
+        ]
+        assert (slow / "recipe.yaml").is_file()
+    assert (slow / "run.lock").is_file(), "as a start that was killed leaves it"
     (places.run_dir(table.cells(1, ["fast"])[0])).mkdir(parents=True)
     (places.run_dir(table.cells(1, ["fast"])[0]) / "notes.txt").write_text("mine")
     executor, failures = go(table, places)
     assert titles(executor) == ["slow seed0"]
+    assert not (slow / "model.lowbit").exists()
     assert [f.cell.label for f in failures] == ["fast"]
     assert "not a run directory; it is not overwritten" in failures[0].error
     assert (places.run_dir(failures[0].cell) / "notes.txt").read_text() == "mine"
@@ -721,7 +793,9 @@ def test_workers_are_stopped_and_keep_their_lock(tmp_path: Path) -> None:
 
 def test_data_is_looked_for_first(images: Path, tmp_path: Path, places: Places) -> None:
     def check(*overrides: str, test: bool = True) -> None:
-        cells.check_data(cells.plan(load(tmp_path, PAIR, *overrides).cells(), places, test=test), test)
+        table = load(tmp_path, PAIR, *overrides)
+        known = cells.read_results(table.cells(), places)
+        cells.check_data(cells.plan(table.cells(), places, test=test), test, known, places)
 
     check(f"data.root={images}")
     with pytest.raises(ValueError, match="no such folder"):
@@ -731,6 +805,213 @@ def test_data_is_looked_for_first(images: Path, tmp_path: Path, places: Places) 
     check(f"data.root={images / 'train'}", test=False)
     with pytest.raises(TableError, match=r"without a test nothing is measured"):
         check(f"data.root={images}", "train.final=true", test=False)
+    # one cell is done, with these images or with others
+    table = load(tmp_path, PAIR, f"data.root={images}")
+    (done, *_) = table.cells()
+    go(table, places, cells=[done])
+    path = places.result(done)
+    tree = json.loads(path.read_text())
+    check(f"data.root={images}")  # the result doesn't tell
+    own = fingerprint(load_data(done.recipe))
+    write_json(path, {**tree, "data": own})
+    check(f"data.root={images}")
+    write_json(path, {**tree, "data": {**own, "held_out": 17}})
+    with pytest.raises(
+        RunError, match=r"slow-seed0\.json was trained on other data \(held_out: 17 there, 16 here\); give"
+    ):
+        check(f"data.root={images}")
+    check(f"data.root={images}", "data.size=9")  # another cell, then
+
+
+# ------------------------------------------------------------------------------------------ the same images
+
+
+def test_a_fingerprint_tells_images_from_others(images: Path, tmp_path: Path) -> None:
+    def of(name: str, root: Path, **arguments: Any) -> dict[str, Any]:
+        return fingerprint(DATASETS.get(name)(root=root, **arguments))
+
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(images, copy)
+    (copy / "test").rename(copy / "val")
+    shards = [tmp_path / name for name in ("shards", "shards again")]
+    for folder in shards:
+        write_shards(copy, folder, samples=25)
+    small: dict[str, Any] = {"size": 8, "resize": 8, "validation_images": 8}
+    sets = {
+        "image_folder": (copy / "train", {"size": 8, "channels": 1}),
+        "imagenet_folder": (copy, small),
+        "imagenet_shards": (shards[1], small),
+    }
+    before = {name: of(name, root, **arguments) for name, (root, arguments) in sets.items()}
+    assert before["image_folder"] == of("image_folder", images / "train", size=8, channels=1), "wherever it lies"
+    assert before["imagenet_shards"] == of("imagenet_shards", shards[0], **small)
+    assert (before["imagenet_folder"]["train"], before["imagenet_folder"]["held_out"]) == (72, 8)
+    assert before["imagenet_folder"] == json.loads(json.dumps(before["imagenet_folder"]))
+
+    def differ(name: str) -> list[str]:
+        now = of(name, sets[name][0], **sets[name][1])
+        return [key for key in now if now[key] != before[name][key]]
+
+    (copy / "train" / "dark" / "0.png").rename(copy / "train" / "dark" / "first.png")
+    assert differ("imagenet_folder") == ["sha256"]
+    assert differ("image_folder")[-1] == "sha256", "others may be held out, with another deviation"
+    (copy / "train" / "dark" / "first.png").rename(copy / "train" / "light" / "0a.png")
+    assert "sha256" in differ("imagenet_folder"), "the same number of images"
+    (copy / "train" / "light" / "0a.png").rename(copy / "train" / "dark" / "0.png")
+    for path in (copy / "train" / "light").iterdir():
+        Image.fromarray(np.full((8, 8), 200, np.uint8)).save(path)
+    assert differ("image_folder") == ["zero_point", "scale"]
+    (copy / "train" / "dark").rename(copy / "train" / "black")
+    assert "sha256" in differ("image_folder")
+    shutil.rmtree(shards[1])
+    (copy / "train" / "black" / "0.png").unlink()
+    shutil.rmtree(copy / "val")
+    write_shards(copy, shards[1], samples=25)
+    assert {"train", "sha256"} <= {*differ("imagenet_shards")}
+
+
+def test_a_fingerprint_of_arrays() -> None:
+    def of(x: torch.Tensor, y: torch.Tensor, classes: tuple[str, ...] = ("a", "b")) -> dict[str, Any]:
+        data = ImageData("mine", classes, (1, 2, 2), (3,), 1 / 7, lambda: (x, y), lambda: exit(9), validation=5)
+        return fingerprint(data)
+
+    x, y = torch.arange(80, dtype=torch.uint8).reshape(20, 1, 2, 2), torch.arange(20) % 2
+    one = of(x, y)
+    assert {key: value for key, value in one.items() if key != "sha256"} == {
+        "train": 15,
+        "held_out": 5,
+        "classes": 2,
+        "zero_point": [3],
+        "scale": 0.142857,
+    }
+    assert one == of(x.clone(), y.clone())
+    assert len({f["sha256"] for f in (one, of(x, 1 - y), of(x + 1, y), of(x, y, ("b", "a")))}) == 4
+
+
+def test_results_of_two_data_sets_make_no_table(tmp_path: Path, places: Places) -> None:
+    table = load(tmp_path, PAIR, tune=TUNE)
+    for part, own in ((places, table.cells()), (places.below("tune"), table.tries())):
+        go(table, part, cells=own, test=part is places)
+        for cell, train_images in zip(own, (60, 60, 61, 60), strict=True):
+            path = part.result(cell)
+            data = {} if cell is own[0] else {"data": {"train": train_images, "sha256": "a"}}
+            write_json(path, {**json.loads(path.read_text()), **data})
+    with pytest.raises(
+        RunError,
+        match=r"fast-seed0\.json, unlike slow-seed1\.json, was trained on other data \(train: 61 there, 60 here\)",
+    ):
+        aggregate.aggregate(table, places)
+    with pytest.raises(RunError, match=r"fast-try1\.json, unlike slow-try2\.json, was trained on other data"):
+        compare.best_tries(table, table.tries(), places.below("tune"))
+    path = places.result(table.cells()[2])
+    write_json(path, {**json.loads(path.read_text()), "data": {"train": 60, "sha256": "a"}})
+    assert aggregate.aggregate(table, places)["cells"][1]["n"] == 2
+
+
+class Here:
+    """An executor that trains in this process; ``stops`` says after how many epochs each job in turn breaks off."""
+
+    slots = 1
+
+    def __init__(self, *stops: int) -> None:
+        self.stops, self.jobs = list(stops), []
+
+    def submit(self, job: Job) -> Future[int]:
+        self.jobs.append(job)
+        future: Future[int] = Future()
+        try:
+            stop = [Stop(self.stops.pop(0))] if self.stops else []
+            train(load_recipe(job.recipe), job.run_dir, resume=job.resume, test=job.test, callbacks=stop)
+            future.set_result(0)
+        except (RunError, InterruptedError) as error:
+            with job.log.open("a") as log:
+                log.write(f"error: {error}\n")
+            future.set_result(1)
+        return future
+
+    def stop(self) -> None:
+        raise AssertionError
+
+
+class Stop(Callback):
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.current_epoch == self.epochs:
+            raise InterruptedError(f"after {self.epochs} epochs")
+
+
+def test_a_resume_may_move_but_not_change_its_data(
+    images: Path, tmp_path: Path, places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its root, the number of processes that load it, the device: the new ones are taken. Every session tells with what."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(images, here)
+    table = load(tmp_path, PAIR, f"data.root={here}", seeds=1)
+    (cell, _) = table.cells()
+    _, failures = go(table, places, Here(1), cells=[cell])
+    assert [failure.error for failure in failures] == ["after 1 epochs"]
+    run_dir = places.run_dir(cell)
+    started = read_run(run_dir)
+    assert started["sessions"] == sessions(started)
+    assert len(started["sessions"]) == 1
+    assert {key: started[key] for key in ("code", "versions", "machine")} == {
+        key: value for key, value in started["sessions"][0].items() if key != "started"
+    }
+
+    here.rename(there)
+    new = there / "train" / "dark" / "99.png"
+    shutil.copy(there / "train" / "dark" / "0.png", new)
+    (cell, _) = (moved := load(tmp_path, PAIR, f"data.root={there}", "train.workers=2", "train.device=auto")).cells(1)
+    _, failures = go(moved, places, Here(), cells=[cell])
+    assert [failure.error for failure in failures] == [
+        f"{run_dir}: was trained on other data (train: 64 there, 65 here); give it that again (data.root), or remove the "
+        "run directory and train anew"
+    ]
+    assert read_run(run_dir) == started
+    new.unlink()
+    monkeypatch.setattr("lowbit.train.rundir.source_digest", lambda: "later code")
+    executor, failures = go(moved, places, Here(), cells=[cell])
+    assert not failures
+    (job,) = executor.jobs
+    assert job.command()[2:5] == ["train", str(places.beside(cell, ".yaml")), "--resume"]
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    assert (recipe.data.root, recipe.train.workers, recipe.train.device) == (str(there), 2, "auto")
+
+    result = cells.read_result(places.result(cell))
+    assert result is not None
+    assert result["data"] == started["data"] == fingerprint(load_data(recipe))
+    assert [each["code"]["source"] == "later code" for each in result["sessions"]] == [False, True]
+    assert [each["started"] for each in result["sessions"]] == [s["started"] for s in read_run(run_dir)["sessions"]]
+    assert result["code"]["source"] == "later code"
+    assert "code" in compare._other_conditions(result, result), "two sessions are no one condition"
+    again = {key: value for key, value in result.items() if key != "sessions"}
+    assert compare._other_conditions(again, again) == (
+        [] if result["machine"]["device"] == "cpu" else ["order of sums on a GPU"]
+    )
+    assert compare._other_conditions(again, {**again, "data": {**again["data"], "train": 1}})[0] == "data"
+    assert len(aggregate.aggregate(moved, places)["code"]) == 1, "as a reader sees it: version and commit"
+
+
+def test_a_run_that_an_earlier_version_began(tmp_path: Path, places: Places) -> None:
+    """Its run.json has no sessions, no code and no data; what began it stands in the file beside it."""
+    table = load(tmp_path, PAIR, seeds=1)
+    (cell, _) = table.cells()
+    go(table, places, MadeUp(2), cells=[cell])
+    path, head = places.run_dir(cell) / "run.json", places.beside(cell, ".json")
+    before = {"lowbit": "0", "source": "before", "commit": None, "dirty": None}
+    write_json(
+        path, {k: v for k, v in json.loads(path.read_text()).items() if k not in ("sessions", "code", "started")}
+    )
+    write_json(head, {**json.loads(head.read_text()), "code": before})
+    _, failures = go(table, places, cells=[cell])
+    assert not failures
+    result = json.loads(places.result(cell).read_text())
+    assert [each["code"] for each in result["sessions"]] == [before, SESSION["code"]]
+    assert result["code"] == SESSION["code"]
+    assert "data" not in result
+    assert aggregate.aggregate(table, places)["code"] == ["lowbit 0", "lowbit 1, commit c"]
 
 
 # ------------------------------------------------------------------------------------------ statistics
@@ -892,21 +1173,17 @@ def test_validation_is_shown_where_no_test_was_made(tmp_path: Path, places: Plac
 # ------------------------------------------------------------------------------------------ the check
 
 
-def test_check_one(tmp_path: Path, places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "code_version", lambda: {"lowbit": "1", "source": "s", "commit": "c", "dirty": False})
+def test_check_one(tmp_path: Path, places: Places) -> None:
     table = load(tmp_path, PAIR)
     with pytest.raises(RunError, match="no cell has a result"):
         compare.draw(table.cells(), {}, 0)
-    executor = MadeUp()
-    steps = cells.plan(table.cells(), places)
-    compare._Runner("pair", places, executor, True, False, lambda e: None, code=compare.code_version()).run(steps)
+    go(table, places)
     found = cells.read_results(table.cells(), places)
     drawn = {compare.draw(table.cells(), found, seed).key for seed in range(40)}
     assert len(drawn) == 4
     cell = compare.draw(table.cells(), found, 3)
     assert cell == compare.draw(table.cells(), found, 3)
 
-    monkeypatch.setattr(compare, "_Runner", _same_code(compare._Runner))
     executor = MadeUp()
     done = compare.check_one("pair", cell, found, executor)
     assert titles(executor) == [f"{cell.label} {cell.run}"]
@@ -933,10 +1210,6 @@ def test_check_one(tmp_path: Path, places: Places, monkeypatch: pytest.MonkeyPat
     assert done.passed
     with pytest.raises(RunError, match="it broke"):
         compare.check_one("pair", cell, found, MadeUp(2))
-
-
-def _same_code(runner: Any) -> Any:
-    return lambda *a: runner(*a, code={"lowbit": "1", "source": "s", "commit": "c", "dirty": False})
 
 
 def test_check_one_of_cells_that_start_from_others(tmp_path: Path, places: Places) -> None:
@@ -980,6 +1253,10 @@ def test_tries(tmp_path: Path, places: Places) -> None:
         assert json.dumps(chosen[label]["set"]) == max(own, key=lambda k: own[k])
         assert sum(best for cell, _, best in rows if cell.label == label) == 1
     load(tmp_path, CHAIN, tune=TUNE, cells={k: {**v, **chosen[k]} for k, v in CHAIN["cells"].items()})
+    # the table has another lr than all tries but one share: that one says so too
+    shared = {**TUNE, "set": {"train.lr": 0.1}, "tries": [{"train.lr": 0.1}, {"train.lr": 0.05}]}
+    again = load(tmp_path, CHAIN, tune=shared).tries(["float"])
+    assert [(dict(t.changes), t.recipe.train.lr) for t in again] == [({"train.lr": lr}, lr) for lr in (0.1, 0.05)]
     with pytest.raises(TableError, match="has no section tune"):
         load(tmp_path, PAIR).tries()
 

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 import lowbit.page as page
-from lowbit.train.cells import Places, read_results, show, unit
+from lowbit.train.cells import Places, check_one_data_set, read_results, show, unit
 from lowbit.train.recipe import Recipe, flatten
-from lowbit.train.rundir import RunError, write_json, write_text
+from lowbit.train.rundir import RunError, sessions, write_json, write_text
 from lowbit.train.statistics import paired, summary
 from lowbit.train.table import Cell, Table
 
@@ -41,10 +41,11 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
         comparison: ``one, other, resolved`` and the fields of ``Difference``.
 
     Raises:
-        RunError: a damaged result, or results of different metrics.
+        RunError: a damaged result, or results of different metrics, or of different data behind the same keys.
     """
     cells = table.cells(seeds)
     results = read_results(cells, places)
+    check_one_data_set(results.values(), places)
     metrics = sorted({result["metric"] for result in results.values()})
     if len(metrics) > 1:
         raise RunError(f"{table.path}: the cells were measured in {' and '.join(metrics)}, which can't share a table")
@@ -61,6 +62,7 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
         if difference is not None:
             comparisons.append({"one": one, "other": other, **asdict(difference), "resolved": difference.resolved})
     published = table.config.published
+    trained = [each for result in results.values() for each in sessions(result)]
     return {
         "format": FORMAT,
         "table": table.name,
@@ -75,9 +77,9 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
         "cells": rows,
         "comparisons": comparisons,
         "published": None if published is None else {"source": published.source},
-        "machines": _distinct(_machine(result) for result in results.values()),
-        "versions": _distinct(_versions(result) for result in results.values()),
-        "code": _distinct(_code(result) for result in results.values()),
+        "machines": _distinct(map(_machine, trained)),
+        "versions": _distinct(map(_versions, trained)),
+        "code": _distinct(map(_code, trained)),
         "dates": sorted({str(result["date"])[:10] for result in results.values()}),
         "seconds": sum(result["seconds"] for result in results.values()),
     }
@@ -87,19 +89,19 @@ def _distinct(texts: Any) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def _machine(result: Mapping[str, Any]) -> str:
-    machine = result["machine"]
+def _machine(session: Mapping[str, Any]) -> str:
+    machine = session["machine"]
     if machine["gpu"]:
         return str(machine["gpu"])
     return f"{machine['processor']}, {machine['threads']} thread{'s'[: machine['threads'] > 1]} a cell"
 
 
-def _versions(result: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+def _versions(session: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in session["versions"].items())
 
 
-def _code(result: Mapping[str, Any]) -> str:
-    code = result["code"]
+def _code(session: Mapping[str, Any]) -> str:
+    code = session["code"]
     commit = f", commit {code['commit'][:12]}" if code["commit"] else ""
     return f"lowbit {code['lowbit']}{commit}{' with uncommitted changes' if code['dirty'] else ''}"
 

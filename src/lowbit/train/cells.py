@@ -4,15 +4,16 @@ Below the table's folder of runs (big, not committed)::
 
     LABEL/seed0/         the run directory, as ``lowbit train`` leaves it
     LABEL/seed0.yaml     the recipe the worker got: `lowbit train LABEL/seed0.yaml --run-dir LABEL/seed0` does the same
-    LABEL/seed0.json     which cell and which code the run belongs to: the upper part of its result
+    LABEL/seed0.json     which cell the run belongs to: the upper part of its result
     LABEL/seed0.log      what the worker said
     LABEL/.seed0.lock    held while the cell is trained, so that no second process trains it
     LABEL/.seed0.worker  held by a worker on another machine, and who that is (``lowbit.remote``)
 
 and in the folder of results (small, committed) one ``LABEL-seed0.json`` for each cell, written at its end: ``format,
-table, label, run, seed, hash, recipe, needs, changes, code, versions, machine, date, seconds, resumed, metric, epochs,
-parameters, warnings, results`` (run.json's, without confusion) and ``curve`` (columns of metrics.csv and their epochs).
-A cell whose file is there, made with the recipe the table has now, is done.
+table, label, run, seed, hash, recipe, needs, changes, code, versions, machine`` (where the run was resumed, of its last
+session, and ``sessions`` of each), ``data`` (its fingerprint), ``date, seconds, resumed, metric, epochs, parameters,
+warnings, results`` (run.json's, without confusion) and ``curve`` (columns of metrics.csv and their epochs). A cell whose
+file is there, made with the recipe the table has now, is done.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
-from lowbit.train.recipe import RecipeError, differing_keys, parse_recipe
-from lowbit.train.rundir import RunError, read_run
+from lowbit.train.recipe import ELSEWHERE, RecipeError, differing_keys, parse_recipe
+from lowbit.train.rundir import RunError, check_same_data, fingerprint, read_run
 from lowbit.train.statistics import summary
-from lowbit.train.table import Cell, TableError, slug
+from lowbit.train.table import Cell, TableError, slug, stored_recipe
 from lowbit.train.trainer import load_data
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Places",
     "Step",
     "check_data",
+    "check_one_data_set",
     "estimate",
     "look",
     "measured",
@@ -48,7 +50,6 @@ __all__ = [
 ]
 
 FORMAT: Final = 1
-_IGNORED: Final = frozenset({"name", "description", "data.root", "train.device", "train.workers"})
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _differences(cell: Cell, head: Mapping[str, Any], places: Places) -> list[st
         then = parse_recipe(head["recipe"], "recipe")
     except RecipeError as error:
         return [str(error).removeprefix("recipe: ")]
-    keys = [key for key in differing_keys(then, cell.recipe) if key not in _IGNORED]
+    keys = differing_keys(then, cell.recipe, ELSEWHERE)
     for key, need in cell.needs.items():
         if head["needs"].get(key, {}).get("hash") not in _hashes(need, places):
             keys.append(f"{key} (another run of {need.label})")
@@ -241,12 +242,13 @@ def refuse(steps: Iterable[Step]) -> None:
         raise RunError(f"{refused[0].cell.title}: {refused[0].why}{more}; --refresh runs it again")
 
 
-def check_data(steps: Iterable[Step], test: bool) -> None:
-    """Look for the data of the cells that will run, before any of them does.
+def check_data(steps: Iterable[Step], test: bool, results: Mapping[Any, Mapping[str, Any]], places: Places) -> None:
+    """Look for the data of the cells that will run, before any of them does, and hold it against that of results.
 
     Raises:
-        DataError: it is missing. TableError: nothing would be measured.
+        DataError: it is missing. TableError: nothing would be measured. RunError: a result was made with other data.
     """
+    made = check_one_data_set(results.values(), places)
     seen: set[str] = set()
     for step in steps:
         if step.action in (Action.done, Action.collect, Action.refused):
@@ -260,8 +262,13 @@ def check_data(steps: Iterable[Step], test: bool) -> None:
         key = recipe.data.model_dump_json()
         if key not in seen:
             seen.add(key)
-            if not load_data(recipe).has_test and test:
+            data = load_data(recipe)
+            if not data.has_test and test:
                 raise TableError(f"{step.cell.title}: {recipe.data.name} has no test images here; use --no-test")
+            before = made.get(_data_keys(stored_recipe(recipe)))
+            if before is not None:
+                way_out = "give the table that again (data.root), or keep results of their own (--out, --cells)"
+                check_same_data(str(_path(before, places)), before["data"], fingerprint(data), way_out)
 
 
 def read_results(cells: Iterable[Cell], places: Places) -> dict[tuple[str, str], dict[str, Any]]:
@@ -272,6 +279,35 @@ def read_results(cells: Iterable[Cell], places: Places) -> dict[tuple[str, str],
         if result is not None and not _differences(cell, result, places):
             found[cell.key] = result
     return found
+
+
+def check_one_data_set(results: Iterable[Mapping[str, Any]], places: Places) -> dict[str, Mapping[str, Any]]:
+    """Results whose recipes name the same data must have been made with the same images. Those of earlier versions don't
+    tell.
+
+    Returns:
+        A result that tells for each data set named.
+
+    Raises:
+        RunError: two have other fingerprints.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for result in results:
+        if "data" in result:
+            first = found.setdefault(_data_keys(result["recipe"]), result)
+            way_out = "delete the results of one of the two data sets, then these cells are run again"
+            where = f"{_path(result, places)}, unlike {_path(first, places).name},"
+            check_same_data(where, result["data"], first["data"], way_out)
+    return found
+
+
+def _data_keys(recipe: Mapping[str, Any]) -> str:
+    """The data set that a stored recipe names, wherever it lies."""
+    return json.dumps({k: v for k, v in recipe["data"].items() if k not in ("root", "augment")}, sort_keys=True)
+
+
+def _path(result: Mapping[str, Any], places: Places) -> Path:
+    return places.results / f"{slug(result['label'])}-{result['run']}.json"
 
 
 def estimate(steps: Iterable[Step], results: Iterable[Mapping[str, Any]], jobs: int) -> float | None:

@@ -7,9 +7,7 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
-import subprocess
 import tempfile
 import threading
 import time
@@ -22,44 +20,34 @@ from typing import Any, Final
 
 import yaml
 
-import lowbit
-from lowbit.remote import HEADING, RemoteError, source_digest, withdraw, worker_of
-from lowbit.train.cells import FORMAT, Action, Places, Step, look, measured, plan, read_result, read_results, show
+from lowbit.remote import HEADING, RemoteError, withdraw, worker_of
+from lowbit.train.cells import (
+    FORMAT,
+    Action,
+    Places,
+    Step,
+    check_one_data_set,
+    look,
+    measured,
+    plan,
+    read_result,
+    read_results,
+    show,
+)
 from lowbit.train.evaluation import evaluate_run
-from lowbit.train.rundir import RunError, read_metrics, read_run, write_json, write_text
+from lowbit.train.recipe import flatten, load_recipe
+from lowbit.train.rundir import LOCK, RunError, RunLock, empty, read_metrics, read_run, sessions, write_json, write_text
 from lowbit.train.statistics import summary
 from lowbit.train.table import Cell, Table, stored_recipe
 from lowbit.train.workers import Executor, Job, lock
 
-__all__ = ["Check", "Event", "Failure", "best_tries", "check_one", "code_version", "draw", "run"]
+__all__ = ["Check", "Event", "Failure", "best_tries", "check_one", "draw", "run"]
 
 CURVE_POINTS: Final = 100
+TRAINED: Final = (LOCK, "recipe.yaml", "metrics.csv", "checkpoints", "tensorboard")
+MADE_OF_IT: Final = ("model.lowbit", "proof.json", "bench.json", "report.html")
+"""What lies in a run directory beside run.json."""
 POLL_SECONDS: Final = 0.5
-
-
-def code_version() -> dict[str, Any]:
-    """``{lowbit, source, commit, dirty}``: the package's version, SHA-256 of the Python files that train, and where git
-    tracks them HEAD and whether the package differs from it (None, None elsewhere).
-    """
-    home = Path(lowbit.__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=home, capture_output=True, text=True, timeout=30, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    version: dict[str, Any] = {
-        "lowbit": lowbit.__version__,
-        "source": source_digest(),
-        "commit": None,
-        "dirty": None,
-    }
-    if git("ls-files", "--error-unmatch", "__init__.py"):
-        version["commit"] = git("rev-parse", "HEAD")
-        version["dirty"] = bool(git("status", "--porcelain", "--", "."))
-    return version
 
 
 # ------------------------------------------------------------------------------------------------ running
@@ -149,7 +137,6 @@ class _Runner:
     test: bool
     refresh: bool
     on_event: Callable[[Event], None]
-    code: dict[str, Any] = field(default_factory=code_version)
     running: dict[Future[int], _Running] = field(default_factory=dict)
     failed: dict[tuple[str, str], Failure] = field(default_factory=dict)
     told: set[tuple[str, str]] = field(default_factory=set)
@@ -222,11 +209,14 @@ class _Runner:
 
     def _start(self, step: Step, descriptor: int, tries: int) -> None:
         cell, places, run_dir = step.cell, self.places, self.places.run_dir(step.cell)
-        if step.action != Action.resume:
+        starts: dict[str, str | Path] = {key: places.run_dir(need) for key, need in cell.needs.items()}
+        if step.action == Action.resume:
+            own = dict(flatten(load_recipe(run_dir / "recipe.yaml").plain()))
+            starts = {key: own.get(key, place) for key, place in starts.items()}  # as it was started
+        else:
             _clear(run_dir)
-            recipe = cell.resolve({key: places.run_dir(need) for key, need in cell.needs.items()})
-            write_text(places.beside(cell, ".yaml"), recipe.to_yaml())
             write_json(places.beside(cell, ".json"), self._head(cell))
+        write_text(places.beside(cell, ".yaml"), cell.resolve(starts).to_yaml())
         log = places.beside(cell, ".log")
         start = log.stat().st_size if log.is_file() else 0
         job = Job(places.beside(cell, ".yaml"), run_dir, log, step.action == Action.resume, self.test, descriptor)
@@ -245,7 +235,6 @@ class _Runner:
             "recipe": stored_recipe(cell.recipe),
             "needs": {key: {"label": c.label, "run": c.run, "hash": c.hash} for key, c in cell.needs.items()},
             "changes": dict(cell.changes),
-            "code": self.code,
         }
 
     def _end(self, future: Future[int]) -> None:
@@ -314,11 +303,14 @@ class _Runner:
         for part in ("validation", "test"):
             if results[part] is not None:
                 results[part] = {k: v for k, v in results[part].items() if k not in ("confusion", "computed_by")}
+        # of a run that an earlier version started, the head says with which code
+        trained = [{"code": head.get("code"), **each} for each in sessions(found)]
         tree = {
             **head,
             "table": self.table,  # another table may have trained the same cell in the same folder
-            "versions": found["versions"],
-            "machine": found["machine"],
+            **{key: trained[-1][key] for key in ("code", "versions", "machine")},
+            **({"sessions": trained} if len(trained) > 1 else {}),
+            **({"data": found["data"]} if "data" in found else {}),
             "date": found["finished"],
             "seconds": found["wall_seconds"],
             "resumed": found["resumed"],
@@ -338,16 +330,20 @@ class _Runner:
 
 
 def _clear(run_dir: Path) -> None:
-    """Remove a run that is replaced, or what a worker left that was killed before it wrote run.json."""
+    """Empty the directory of a run that is replaced, or of a worker that was killed before it wrote run.json.
+
+    Raises:
+        RunError: it holds something else, or another process is at it.
+    """
     if not run_dir.exists():
         return
-    known = {"checkpoints", "tensorboard", "recipe.yaml", "metrics.csv"}
     if not (run_dir / "run.json").is_file():
         for path in run_dir.iterdir():
-            if path.name not in known and not path.name.startswith("."):
+            if path.name not in TRAINED + MADE_OF_IT and not path.name.startswith("."):
                 raise RunError(f"{run_dir}: is not empty and not a run directory; it is not overwritten")
-    (run_dir / "run.json").unlink(missing_ok=True)  # first: half of a run is none
-    shutil.rmtree(run_dir)
+    with RunLock(run_dir) as lock:
+        lock.take()
+        empty(run_dir)
 
 
 def _on(each: _Running) -> str:
@@ -390,7 +386,7 @@ class Check:
         split, metric: what was compared.
         stored, again: the committed value and the new one.
         tolerance: the largest difference that passes; 0 where machine, versions and code are the same.
-        differs: in what of machine, versions and code the two runs differ.
+        differs: in what of machine, versions, code and data the two runs, or the sessions of one of them, differ.
     """
 
     cell: Cell
@@ -467,11 +463,14 @@ def check_one(
 def _other_conditions(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     names = [f"machine.{k}" for k in ("architecture", "processor", "device", "gpu", "threads")]
     names += [f"versions.{k}" for k in ("torch", "numpy", "lightning")] + ["code.source"]
+    trained = [*sessions(one), *sessions(other)]
     found = []
     for name in names:
         part, key = name.split(".")
-        if one[part].get(key) != other[part].get(key):
+        if len({each[part].get(key) for each in trained}) > 1:
             found.append({"source": "code"}.get(key, key))
+    if "data" in one and "data" in other and one["data"] != other["data"]:
+        found.append("data")
     if one["machine"]["device"] != "cpu" and "device" not in found:
         found.append("order of sums on a GPU")
     return found
@@ -491,8 +490,13 @@ def _spread(results: Mapping[Any, Mapping[str, Any]], metric: str, split: str) -
 
 def best_tries(table: Table, cells: Sequence[Cell], places: Places) -> tuple[list[tuple[Cell, str, bool]], str]:
     """Every try with its result on the held-out images and whether it is its cell's best (the first of equals), and the
-    YAML for the table's ``cells`` that takes the best."""
+    YAML for the table's ``cells`` that takes the best.
+
+    Raises:
+        RunError: a damaged result, or tries on different data.
+    """
     results = read_results(cells, places)
+    check_one_data_set(results.values(), places)
     values = {key: float(r["results"]["validation"][r["metric"]]) for key, r in results.items()}
     rows, chosen = [], {}
     for label in table.labels:

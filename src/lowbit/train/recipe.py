@@ -8,9 +8,9 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -21,6 +21,7 @@ from lowbit.train.registry import nearest
 from lowbit.train.schedule import published_growth
 
 __all__ = [
+    "ELSEWHERE",
     "DataConfig",
     "ModelConfig",
     "QuantizeConfig",
@@ -32,6 +33,9 @@ __all__ = [
     "load_recipe",
     "parse_recipe",
 ]
+
+ELSEWHERE: Final = ("name", "description", "data.root", "train.device", "train.workers")
+"""Keys that say where a run is made, and not what is made: a resume may change them, and no result depends on them."""
 
 
 class RecipeError(ValueError):
@@ -292,11 +296,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def differing_keys(one: Recipe, other: Recipe) -> list[str]:
-    """Dotted names of the fields in which two recipes differ."""
+def differing_keys(one: Recipe, other: Recipe, ignored: Collection[str] = ()) -> list[str]:
+    """Dotted names of the fields in which two recipes differ, without those ``ignored`` (``ELSEWHERE``)."""
     a, b = dict(flatten(one.plain())), dict(flatten(other.plain()))
     missing = object()
-    return sorted(key for key in {*a, *b} if a.get(key, missing) != b.get(key, missing))
+    return sorted(key for key in {*a, *b} if key not in ignored and a.get(key, missing) != b.get(key, missing))
 
 
 def _fields(where: Sequence[str | int], root: type[BaseModel]) -> list[str]:

@@ -3,7 +3,7 @@
 ::
 
     recipe.yaml        the resolved recipe: load_recipe reads it back equal
-    run.json           status, seed, versions, machine, input, results (see ``lowbit.train.trainer.train``)
+    run.json           status, seed, sessions, data, input, results (see ``lowbit.train.trainer.train``)
     metrics.csv        one row for each epoch
     tensorboard/       the same numbers for TensorBoard
     checkpoints/       last.ckpt (everything a resume needs), best.ckpt, final.ckpt (the network alone)
@@ -17,12 +17,14 @@ from __future__ import annotations
 import csv
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import logging
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -35,19 +37,25 @@ import torch
 
 import lowbit.machine
 from lowbit.files import SUFFIX, remove_leftovers, write_atomic
+from lowbit.remote import source_digest
 from lowbit.train.data import DataSource
 
 __all__ = [
     "InputSpec",
     "RunError",
     "RunLock",
+    "check_same_data",
+    "code_version",
     "columns",
     "empty",
+    "fingerprint",
     "machine",
     "never_started",
     "read_checkpoint",
     "read_metrics",
     "read_run",
+    "session",
+    "sessions",
     "versions",
     "write_checkpoint",
     "write_json",
@@ -286,6 +294,44 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
     return tree
 
 
+# ------------------------------------------------------------------------------------------------ which data
+
+
+def fingerprint(data: DataSource) -> dict[str, Any]:
+    """What tells this data from other data, as plain values; the same on every machine, and cheap.
+
+    Returns:
+        ``train, held_out`` (numbers of images), ``classes`` (their number), ``zero_point, scale`` and ``sha256`` of the classes'
+        names and ``DataSource.identity``. The test images are not looked at.
+    """
+    names = "\0".join(data.classes).encode(errors="surrogateescape")
+    digest = hashlib.sha256(names + b"\0\0" + data.identity)
+    return {
+        "train": data.count("train"),
+        "held_out": data.count("val"),
+        "classes": len(data.classes),
+        "zero_point": list(data.zero_point),
+        "scale": float(f"{data.scale:.6g}"),  # a deviation's last digits may depend on the order of its sum
+        "sha256": digest.hexdigest(),
+    }
+
+
+def check_same_data(place: str, then: Mapping[str, Any], here: Mapping[str, Any], way_out: str) -> None:
+    """Hold the fingerprint of a run or result against another.
+
+    Raises:
+        RunError: they differ; ``place`` in front, then in what, and the way out.
+    """
+    keys = [key for key in then if then[key] != here.get(key)]
+    if keys:
+        key = keys[0]
+        what = "other files or labels" if key == "sha256" else f"{key}: {then[key]} there, {here.get(key)} here"
+        raise RunError(f"{place} was trained on other data ({what}); {way_out}")
+
+
+# ------------------------------------------------------------------------------------------------ with what
+
+
 def now() -> str:
     """The time in UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -304,3 +350,44 @@ def machine(device: str) -> dict[str, Any]:
         "device": device,
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }
+
+
+def code_version() -> dict[str, Any]:
+    """``{lowbit, source, commit, dirty}``: the package's version, SHA-256 of the Python files that train, and where git
+    tracks them HEAD and whether the package differs from it (None, None elsewhere).
+    """
+    home = Path(lowbit.__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            # without its optional locks, which would be in the way of somebody's commit
+            command = ["git", "--no-optional-locks", *arguments]
+            done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=30, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    version: dict[str, Any] = {
+        "lowbit": lowbit.__version__,
+        "source": source_digest(),
+        "commit": None,
+        "dirty": None,
+    }
+    if git("ls-files", "--error-unmatch", "__init__.py"):
+        version["commit"] = git("rev-parse", "HEAD")
+        version["dirty"] = bool(git("status", "--porcelain", "--", "."))
+    return version
+
+
+def session(device: str) -> dict[str, Any]:
+    """``{started, code, versions, machine}`` of the process that calls it: what run.json says of each that trained."""
+    return {"started": now(), "code": code_version(), "versions": versions(), "machine": machine(device)}
+
+
+def sessions(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every process that trained a run, the last one last: of run.json, or of a cell's result.
+
+    What has no list of them (a result of one session, run.json of an earlier version) tells of one.
+    """
+    one = {key: tree[key] for key in ("started", "code", "versions", "machine") if key in tree}
+    return list(tree.get("sessions") or [one])

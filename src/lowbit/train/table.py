@@ -36,7 +36,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Final
@@ -44,16 +44,21 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from lowbit.train.recipe import (
+    ELSEWHERE,
     Recipe,
     RecipeError,
     Strict,
     assign,
     assign_text,
+    differing_keys,
     explain_validation,
+    flatten,
+    load_recipe,
     parse_recipe,
     read_yaml,
 )
 from lowbit.train.registry import nearest
+from lowbit.train.rundir import RunError, read_run
 
 __all__ = [
     "Cell",
@@ -72,8 +77,6 @@ TEACHER: Final = "train.distill.teacher"
 _LABEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(/[A-Za-z0-9][A-Za-z0-9._+-]*)*")
 _OWNED: Final = ("name", "description", "seed")
 """Fields of a recipe that the runner fills in."""
-_ELSEWHERE: Final = (("name",), ("description",), ("data", "root"), ("train", "device"), ("train", "workers"))
-"""Fields that say where a run is made, not what is made."""
 
 
 class TableError(RecipeError):
@@ -197,7 +200,7 @@ class Cell:
         recipe: complete. Where a run of another cell goes, "run of LABEL" stands.
         hash: of everything the result depends on, see ``hash_recipe``.
         needs: dotted key of the recipe -> the cell whose run directory goes there.
-        changes: of a try: what it changes.
+        changes: of a try: its own mapping in ``tune.tries``, without what ``tune.set`` gives to all of them.
     """
 
     label: str
@@ -312,8 +315,7 @@ class Table:
         cells = []
         for label in self._wanted(labels):
             for i, changes in enumerate(tune.of(label), 1):
-                own = {**tune.set, **changes}
-                cells.append(self._cell(label, f"try{i}", tune.seed, made, own, start="start", shared=tune.set))
+                cells.append(self._cell(label, f"try{i}", tune.seed, made, changes, start="start", shared=tune.set))
         for cell in cells:
             if cell.recipe.train.final:
                 raise TableError(
@@ -339,21 +341,17 @@ class Table:
         start: str | None = None,
         shared: Mapping[str, Any] = MappingProxyType({}),
     ) -> Cell:
-        """One cell and, first, those it needs: of the same run, or the run ``start`` with the changes ``shared``."""
+        """One cell, with ``shared`` and then ``changes`` changed; and first those it needs: of the same run, or the run
+        ``start`` with the changes ``shared`` alone."""
         if (label, run) in made:
             return made[label, run]
         own = self.config.cells.get(label, CellConfig())
         before = start or run
-        needs = {key: self._cell(each, before, seed, made, shared, start, shared) for key, each in own.needs.items()}
-        recipe = self._recipe(label, seed, {**changes, **{k: f"run of {c.label}" for k, c in needs.items()}}, run)
-        cell = Cell(
-            label,
-            run,
-            recipe,
-            hash_recipe(recipe, {key: need.hash for key, need in needs.items()}),
-            needs,
-            {k: v for k, v in changes.items() if k not in shared or shared[k] != v},
-        )
+        needs = {key: self._cell(each, before, seed, made, {}, start, shared) for key, each in own.needs.items()}
+        starts = {key: f"run of {need.label}" for key, need in needs.items()}
+        recipe = self._recipe(label, seed, {**shared, **changes, **starts}, run)
+        hash_ = hash_recipe(recipe, {key: need.hash for key, need in needs.items()})
+        cell = Cell(label, run, recipe, hash_, needs, dict(changes))
         made[label, run] = cell
         return cell
 
@@ -405,8 +403,21 @@ def load_table(path: str | Path, overrides: Sequence[str] = ()) -> Table:
 
     Raises:
         TableError: no such file, not YAML, an unknown key or cell, cells that wait for each other, a recipe that can't
-            be built; one error, the file's name in front.
+            be built, an override of what the table fills in; one error, the file's name in front.
     """
+    table = _load(path, overrides)
+    for label, cell in table.config.cells.items():
+        for key, need in cell.needs.items():
+            for text in overrides:
+                if f"{key}.".startswith(f"{text.partition('=')[0].strip()}."):
+                    raise TableError(
+                        f"--set {text!r}: {table.path} fills in {key} of cell {label!r} with its run of {need!r}; another start "
+                        f"is another cell of the table, or `lowbit train {table.path} --cell {label} --set {key}=RUN`"
+                    )
+    return table
+
+
+def _load(path: str | Path, overrides: Sequence[str]) -> Table:
     path = Path(path)
     try:
         tree = read_yaml(path, "table")
@@ -433,25 +444,58 @@ def load_cell(
     """The recipe of one cell of a table, to be trained by itself.
 
     Args:
-        path, overrides: as in ``load_table``; an override may name a run to start from, or a teacher's.
+        path, overrides: as in ``load_table``; an override may name a run to start from, or a teacher's: any run.
         label, seed: which cell.
         runs: the folder that has the runs it starts from, under their recipes' names: ``lowbit train --cell`` puts them there.
 
     Raises:
-        TableError: as in ``load_table``; no such cell; a run that it starts from is not there.
+        TableError: as in ``load_table``; no such cell; a run that it starts from is not there, not finished, or one of
+            another recipe than the table has, with these overrides or without.
     """
-    table = load_table(path, overrides)
-    cell = table.cell(label, seed)
-    given = dict(text.split("=", 1) for text in overrides if "=" in text)
-    places: dict[str, str | Path] = {}
+    table = _load(path, overrides)
+    cell, plain = table.cell(label, seed), replace(table, _overrides=()).cell(label, seed)
+    places: dict[str, str | Path] = {k.strip(): v for k, _, v in (text.partition("=") for text in overrides) if v}
     for key, need in cell.needs.items():
-        places[key] = given.get(key) or Path(runs) / need.recipe.name
-        if key not in given and not (Path(places[key]) / "run.json").is_file():
+        if key in places:
+            continue
+        places[key] = _alone(need, runs)
+        unfit = _unfit(_alone(need, runs), [_resolve_alone(each, runs) for each in (need, plain.needs[key])])
+        if unfit is not None:
+            problem, option = unfit
             raise TableError(
-                f"{path}: cell {label!r} starts from a run of {need.label!r}, and {places[key]} is not there: train it first "
-                f"(--cell {need.label} --seed {seed}), or say where it lies (--set {key}=RUN)"
+                f"{path}: cell {label!r} starts from a run of {need.label!r}, and {places[key]} {problem}: train it first "
+                f"(--cell {need.label} --seed {seed}{option}), or say which run it starts from (--set {key}=RUN)"
             )
     return cell.resolve(places)
+
+
+def _alone(cell: Cell, runs: str | Path) -> Path:
+    """Where ``lowbit train --cell`` puts a cell."""
+    return Path(runs) / cell.recipe.name
+
+
+def _resolve_alone(cell: Cell, runs: str | Path) -> Recipe:
+    return cell.resolve({key: _alone(need, runs) for key, need in cell.needs.items()})
+
+
+def _unfit(run_dir: Path, recipes: Sequence[Recipe]) -> tuple[str, str] | None:
+    """Why a run is none of these recipes, trained to its end, and the option that helps; None if it is.
+
+    A key may have its value of any of the recipes.
+    """
+    if not (run_dir / "run.json").is_file():
+        return "is not there", ""
+    try:
+        status = read_run(run_dir)["status"]
+        found = load_recipe(run_dir / "recipe.yaml")
+    except (RunError, RecipeError) as error:
+        return f"can't be read ({error})", " --overwrite"
+    keys = set.intersection(*(set(differing_keys(found, recipe, ELSEWHERE)) for recipe in recipes))
+    if keys:
+        key = min(keys)
+        was, wanted = (dict(flatten(recipe.plain())).get(key) for recipe in (found, recipes[0]))
+        return f"was trained with another recipe ({key}: {was}, not {wanted})", " --overwrite"
+    return None if status == "finished" else (f"has not finished ({status})", " --resume")
 
 
 def _base(path: Path, recipe: Any) -> dict[str, Any]:
@@ -502,6 +546,9 @@ def _check(table: Table) -> None:
             check(needed, f"cells.{label}")
         if cell.after and cell.teacher and cell.start == TEACHER:
             raise TableError(f"{path}: cells.{label}: start and teacher are both {TEACHER}")
+        for key, needed in cell.needs.items():
+            if key in cell.set:
+                raise TableError(f"{path}: cells.{label}.set: {key!r} is filled in with the run of {needed!r}")
     for pair in config.compare or ():
         for label in pair:
             check(label, "compare")
@@ -555,10 +602,11 @@ def _check_tries(table: Table, tune: Tune) -> None:
     table.tries()
 
 
-def _drop(tree: dict[str, Any], way: tuple[str, ...]) -> None:
-    for part in way[:-1]:
+def _drop(tree: dict[str, Any], key: str) -> None:
+    *way, last = key.split(".")
+    for part in way:
         tree = tree.get(part, {})
-    tree.pop(way[-1], None)
+    tree.pop(last, None)
 
 
 def hash_recipe(recipe: Recipe, needs: Mapping[str, str] = MappingProxyType({})) -> str:
@@ -568,8 +616,8 @@ def hash_recipe(recipe: Recipe, needs: Mapping[str, str] = MappingProxyType({}))
     and which device is asked for; in place of the run directories it starts from, their cells' hashes.
     """
     tree = recipe.plain()
-    for way in _ELSEWHERE:
-        _drop(tree, way)
+    for key in ELSEWHERE:
+        _drop(tree, key)
     for key, value in needs.items():
         assign(tree, key, value, recipe.name)
     text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -582,8 +630,9 @@ def stored_recipe(recipe: Recipe) -> dict[str, Any]:
     Read back with ``parse_recipe``, fields that came later have their defaults, and so the hash of this moment.
     """
     tree = _set_fields(recipe)
-    for way in _ELSEWHERE[2:]:
-        _drop(tree, way)
+    for key in ELSEWHERE:
+        if key not in _OWNED:
+            _drop(tree, key)
     return tree
 
 

@@ -42,21 +42,23 @@ from lowbit.train.module import TrainingModule, calibrate, network_checkpoint
 from lowbit.train.network import build_network, load_run
 from lowbit.train.prepare import mapping_parameters
 from lowbit.train.quantizers import QuantizerWarning
-from lowbit.train.recipe import Recipe, RecipeError, differing_keys, load_recipe
+from lowbit.train.recipe import ELSEWHERE, Recipe, RecipeError, differing_keys, load_recipe
 from lowbit.train.rundir import (
     FORMAT,
     LOCK,
     InputSpec,
     RunError,
     RunLock,
+    check_same_data,
     empty,
-    machine,
+    fingerprint,
     never_started,
     now,
     read_checkpoint,
     read_metrics,
     read_run,
-    versions,
+    session,
+    sessions,
     write_checkpoint,
     write_json,
     write_text,
@@ -221,7 +223,7 @@ def _claim(run_dir: Path, lock: RunLock, recipe: Recipe, resume: bool, overwrite
         run = read_run(run_dir)
         if run["status"] == "finished":
             raise RunError(f"{run_dir}: this run is finished; there is nothing to resume")
-        keys = differing_keys(recipe, load_recipe(run_dir / "recipe.yaml"))
+        keys = differing_keys(recipe, load_recipe(run_dir / "recipe.yaml"), ELSEWHERE)
         if keys:
             raise RunError(
                 f"{run_dir}: was started from another recipe; it differs in {', '.join(keys)}. "
@@ -271,8 +273,10 @@ def train(
 
     The run directory holds ``recipe.yaml``, ``run.json``, ``metrics.csv``, ``tensorboard/`` and ``checkpoints/`` with
     ``last.ckpt`` (for a resume), ``best.ckpt`` (not with ``train.final``) and ``final.ckpt``. Keys of ``run.json``:
-    ``format, name, status ("running" | "finished" | "failed"), error, seed, started, finished, wall_seconds, resumed,
-    versions, machine, processes, input, task, metric, parameters, epochs, epochs_done, broken_images, warnings, results``.
+    ``format, name, status ("running" | "finished" | "failed"), error, seed, started, code, versions, machine, sessions, finished,
+    wall_seconds, resumed, processes, data, input, task, metric, parameters, epochs, epochs_done, broken_images,
+    warnings, results``. ``sessions`` has ``started, code, versions, machine`` of every process that trained, the last of
+    which stand beside it again. ``data`` is the fingerprint of the images; a resume with others is refused.
     ``broken_images`` are the names of those that were passed over (``data.broken: skip``).
     ``results`` is null until the end, then ``selected_epoch, gap, temperature, flips_start, train_seconds,
     images_per_second, validation, test``; the last two are null or ``{accuracy, loss, images, confusion}``.
@@ -283,7 +287,8 @@ def train(
     Args:
         recipe: what to train.
         run_dir: where; must be empty or new.
-        resume: go on with the unfinished run that lies there, from its last whole epoch.
+        resume: go on with the unfinished run that lies there, from its last whole epoch; ``recipe`` is the run's own, but for
+            the keys of ``ELSEWHERE``.
         overwrite: replace the run that lies there.
         test: evaluate the final network on the test images, once, at the end.
         progress: show a progress bar; by default where standard error is a terminal.
@@ -322,7 +327,7 @@ def _build(recipe: Recipe, ranks: Ranks, before: Mapping[str, Any] | None, resum
     """Everything of a recipe that can be wrong before training."""
     t = recipe.train
     data = load_data(recipe)
-    spec = InputSpec.of(data)
+    spec = InputSpec.of(data) if before is None else InputSpec.from_json(before["input"])
     notes: list[str] = []
     with _noting(notes):
         model = build_network(recipe, spec) if resumed else _starting_network(recipe, spec)
@@ -365,6 +370,7 @@ def _train(
     callbacks: Sequence[Callback],
 ) -> RunResult:
     device, t = _device(recipe), recipe.train
+    training = session(device)  # now: the code may change while data is read
     before: dict[str, Any] | None = None
     with ranks.together():
         if ranks.main:
@@ -377,21 +383,26 @@ def _train(
         if resumed and not resumed.is_file():
             raise RunError(f"{resumed}: is not there on every machine; the run directory must lie where all see it")
         parts = _build(recipe, ranks, before, resumed)
+        identity = fingerprint(parts.data)
+        if before and "data" in before:
+            way_out = "give it that again (data.root), or remove the run directory and train anew"
+            check_same_data(f"{run_dir}:", before["data"], identity, way_out)
     data, spec, model, task, notes = parts.data, parts.spec, parts.model, parts.task, parts.notes
 
+    earlier = sessions(before) if before else []
     run: dict[str, Any] = before or {
         "format": FORMAT,
         "name": recipe.name,
         "status": "running",
         "error": None,
         "seed": recipe.seed,
-        "started": now(),
+        **training,
+        "sessions": [],
         "finished": None,
         "wall_seconds": 0.0,
         "resumed": 0,
-        "versions": versions(),
-        "machine": machine(device),
         "processes": ranks.world_size,
+        "data": identity,
         "input": spec.to_json(),
         "task": recipe.task,
         "metric": task.metric,
@@ -404,7 +415,9 @@ def _train(
         "results": None,
     }
     if before:
-        run |= {"status": "running", "error": None, "finished": None, "resumed": before["resumed"] + 1}
+        run |= {"name": recipe.name, "status": "running", "error": None, "finished": None}
+        run |= {"resumed": before["resumed"] + 1, **{key: training[key] for key in ("code", "versions", "machine")}}
+    run["sessions"] = [*earlier, training]
 
     def begin() -> None:
         new = not run_dir.exists()

@@ -44,9 +44,9 @@ class Job:
 
     def command(self) -> list[str]:
         """Python's arguments."""
-        what = [str(self.run_dir), "--resume"] if self.resume else [str(self.recipe)]
+        resume = ["--resume"] if self.resume else []
         test = "--test" if self.test else "--no-test"
-        return ["-m", "lowbit", "train", *what, "--run-dir", str(self.run_dir), test]
+        return ["-m", "lowbit", "train", str(self.recipe), *resume, "--run-dir", str(self.run_dir), test]
 
 
 class Executor(Protocol):
