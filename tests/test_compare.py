@@ -547,17 +547,18 @@ def test_a_failed_cell_loses_itself_and_what_starts_from_it(tmp_path: Path, plac
     }
 
 
-def test_a_killed_worker_goes_on_once(tmp_path: Path, places: Places) -> None:
+@pytest.mark.parametrize("status", [-9, 137])  # 137: one of a cell's several processes was killed
+def test_a_killed_worker_goes_on_once(status: int, tmp_path: Path, places: Places) -> None:
     table, events = load(tmp_path, PAIR, seeds=1), []
     executor, failures = go(
-        table, places, MadeUp(-9, slots=1), on_event=lambda e: events.append((e.kind, e.cell.label))
+        table, places, MadeUp(status, slots=1), on_event=lambda e: events.append((e.kind, e.cell.label))
     )
     assert titles(executor) == ["slow seed0", "slow seed0", "fast seed0"]
     assert [job.resume for job in executor.jobs] == [False, True, False]
     assert ("retry", "slow") in events
     assert not failures
     places = places.below("again")
-    executor, failures = go(table, places, MadeUp(-9, -9, slots=1))
+    executor, failures = go(table, places, MadeUp(status, status, slots=1))
     assert [f.error for f in failures] == ["its worker was killed twice (SIGKILL)"]
     assert titles(executor) == ["slow seed0", "slow seed0", "fast seed0"]
 
