@@ -612,18 +612,19 @@ class Planner {
     s.info.kernel += "+threshold";
     s.constants.clear();
     if (s.producer == Producer::kBitConv) {
-      // acc = base - 2 p >= limit  <=>  p <= floor((base - limit) / 2). Lanes behind the last filter get no bit: p <=
-      // -1. Where the direction is turned, the filter's weights are inverted: all 32 depth bits that differed agree now
-      // and the other way round, p' = 32 depth - p, so that not (p <= most)  <=>  p' <= 32 depth - most - 1.
+      // acc = base - 2 p >= limit  <=>  p <= most = floor((base - limit) / 2)  <=>  p - most - 1 < 0. Lanes behind the
+      // last filter get no bit: p < 0. Where the direction is turned, the filter's weights are inverted: all 32 depth
+      // bits that differed agree now and the other way round, p' = 32 depth - p, so that not (p <= most)  <=>  p' <=
+      // 32 depth - most - 1.
       const int64_t all = 32 * s.depth;
       for (size_t at = 0; at < s.table.size(); ++at) {
         const size_t c = at % padded;
         if (c >= channels) {
-          s.table[at] = -1;
+          s.table[at] = 0;
           continue;
         }
         const int64_t most = std::clamp<int64_t>((int64_t(s.table[at]) - found[c].limit) >> 1, -1, all);
-        s.table[at] = int32_t(found[c].flip ? all - most - 1 : most);
+        s.table[at] = -int32_t(found[c].flip ? all - most : most + 1);
       }
       for (size_t c = 0; c < channels; ++c) {
         if (found[c].flip) InvertFilter(s, int64_t(c), n.groups);

@@ -571,12 +571,13 @@ int64_t Engine::DebugNudgeThresholds(int delta) {
   for (PlanStep& s : impl_->plan.steps) {
     if (!s.threshold) continue;
     const int64_t channels = s.shape.channels, padded = RoundUp(channels, kLanes);
-    const int64_t last = 32 * s.depth;  // popcount limits of constants: -1 and all bits
-    Aligned<int32_t>& limits = s.limit.size() ? s.limit : s.table;
+    const bool counts = s.limit.size() == 0;  // a count starts at minus what it has to stay below
+    const int64_t last = 32 * s.depth;        // what constants have to stay below: 0, or more than all bits
+    Aligned<int32_t>& limits = counts ? s.table : s.limit;
     for (size_t i = 0; i < limits.size(); ++i) {
-      const bool constant = limits[i] == INT32_MIN || (!s.limit.size() && (limits[i] < 0 || limits[i] >= last));
+      const bool constant = counts ? limits[i] >= 0 || limits[i] < -last : limits[i] == INT32_MIN;
       if (int64_t(i) % padded >= channels || constant) continue;
-      limits[i] += delta;
+      limits[i] += counts ? -delta : delta;
       ++count;
     }
   }

@@ -35,13 +35,14 @@ struct BitConv {
   int pixels;
   const uint32_t* w;
   int blocks;  // 1..4 blocks of 16 filters
-  // Per pixel constants: `table + offset[pixel]` is one int32 per filter: the base, or the limit of the popcount.
+  // Per pixel constants: `table + offset[pixel]` is one int32 per filter: the base, or what the popcount has to stay
+  // below, negative.
   const int32_t* table;
   const int32_t* offset;
   // bit_accumulate: int32 [pixel][blocks * 16], `out_step` int32 from pixel to pixel.
   int32_t* acc;
   ptrdiff_t acc_step;
-  // bit_threshold: bit = popcount <= limit. Writes (blocks + 1) / 2 words a pixel.
+  // bit_threshold: bit = table + popcount < 0. Writes (blocks + 1) / 2 words a pixel.
   uint32_t* bits;
   ptrdiff_t bits_step;  // in words
 };

@@ -109,8 +109,13 @@ inline uint32_t AtMost(const I& a, const I& b) {  // a <= b
   for (int i = 0; i < kLanes; ++i) mask |= uint32_t(a.v[i] <= b.v[i]) << i;
   return mask;
 }
-inline uint32_t AtMost2(const I& a, const I& a_limit, const I& b, const I& b_limit) {
-  return AtMost(a, a_limit) | AtMost(b, b_limit) << 16;
+template <int B>
+inline uint64_t BelowZero(const I (&sums)[B]) {
+  uint64_t bits = 0;
+  for (int b = 0; b < B; ++b) {
+    for (int i = 0; i < kLanes; ++i) bits |= uint64_t(sums[b].v[i] < 0) << (16 * b + i);
+  }
+  return bits;
 }
 inline F ToFloat(const I& x) {
   return Each([&](int i) { return float(x.v[i]); });
@@ -126,7 +131,9 @@ struct BitCount {
   using Weights = const uint32_t*;
   static constexpr int kFlush = 0;  // never needed
   int32_t sum[kLanes];
-  void Clear() { std::memset(sum, 0, sizeof sum); }
+  void Start(const I& sums) { StoreI(sum, sums); }
+  template <int B>
+  static uint32_t Spread(const uint32_t* a) { return *a; }
   static Weights Load(const uint32_t* p) { return p; }
   void Add(uint32_t a, Weights w) {
     for (int i = 0; i < kLanes; ++i) {

@@ -85,7 +85,13 @@ inline uint32_t Above8(__m256i a, __m256i b) {
   return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b))));
 }
 inline uint32_t AtMost(I a, I b) { return (Above8(a.a, b.a) | Above8(a.b, b.b) << 8) ^ 0xffff; }
-inline uint32_t AtMost2(I a, I a_limit, I b, I b_limit) { return AtMost(a, a_limit) | AtMost(b, b_limit) << 16; }
+inline uint64_t Signs8(__m256i x) { return uint64_t(uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(x)))); }
+template <int B>
+inline uint64_t BelowZero(const I (&sums)[B]) {
+  uint64_t bits = 0;
+  for (int b = 0; b < B; ++b) bits |= (Signs8(sums[b].a) | Signs8(sums[b].b) << 8) << (16 * b);
+  return bits;
+}
 inline Pairs LoadPairs(const int16_t* p) { return {Load256(p), Load256(p + 16)}; }
 inline I Dot(I sum, int32_t pair, Pairs w) {
   const __m256i x = _mm256_set1_epi32(pair);
@@ -98,7 +104,12 @@ struct BitCount {
   using Weights = I;
   static constexpr int kFlush = 31;
   I bytes, sum;
-  void Clear() { bytes = sum = ZeroI(); }
+  void Start(const I& sums) {
+    bytes = ZeroI();
+    sum = sums;
+  }
+  template <int B>
+  static __m256i Spread(const uint32_t* a) { return _mm256_set1_epi32(int32_t(*a)); }
   static Weights Load(const uint32_t* p) { return {Load256(p), Load256(p + 8)}; }
   static __m256i Count(__m256i x) {
     const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2,
@@ -108,8 +119,7 @@ struct BitCount {
     const __m256i b = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi32(x, 4), low));
     return _mm256_add_epi8(a, b);
   }
-  void Add(uint32_t a, const Weights& w) {
-    const __m256i x = _mm256_set1_epi32(int32_t(a));
+  void Add(__m256i x, const Weights& w) {
     bytes.a = _mm256_add_epi8(bytes.a, Count(_mm256_xor_si256(x, w.a)));
     bytes.b = _mm256_add_epi8(bytes.b, Count(_mm256_xor_si256(x, w.b)));
   }

@@ -65,8 +65,21 @@ inline I AddI(I a, I b) { return _mm512_add_epi32(a, b); }
 inline I MulI(I a, I b) { return _mm512_mullo_epi32(a, b); }
 inline I MinusTwice(I a, I b) { return _mm512_sub_epi32(a, _mm512_slli_epi32(b, 1)); }
 inline uint32_t AtMost(I a, I b) { return _mm512_cmple_epi32_mask(a, b); }
-inline uint32_t AtMost2(I a, I a_limit, I b, I b_limit) {
-  return _mm512_kunpackw(_mm512_cmple_epi32_mask(b, b_limit), _mm512_cmple_epi32_mask(a, a_limit));
+// Packing with saturation keeps signs, and one move then takes the bits of 64 sums. It mixes the blocks by lanes of 128
+// bits; a permutation puts them back in order.
+template <int B>
+inline uint64_t BelowZero(const I (&sums)[B]) {
+  if constexpr (B == 1) return _mm512_movepi32_mask(sums[0]);
+  if constexpr (B == 2) {
+    const I order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return _mm512_movepi16_mask(_mm512_permutexvar_epi64(order, _mm512_packs_epi32(sums[0], sums[1])));
+  }
+  if constexpr (B > 2) {
+    const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const I high = _mm512_packs_epi32(sums[2], B > 3 ? sums[B - 1] : ZeroI());
+    const I all = _mm512_packs_epi16(_mm512_packs_epi32(sums[0], sums[1]), high);
+    return _mm512_movepi8_mask(_mm512_permutexvar_epi32(order, all));
+  }
 }
 inline F ToFloat(I x) { return _mm512_cvtepi32_ps(x); }
 inline Pairs LoadPairs(const int16_t* p) { return _mm512_loadu_si512(p); }
@@ -76,18 +89,22 @@ struct BitCount {
   using Weights = __m512i;
   static constexpr int kFlush = 0;  // never needed
   __m512i sum;
-  void Clear() { sum = _mm512_setzero_si512(); }
-  static Weights Load(const uint32_t* p) { return _mm512_loadu_si512(p); }
-  void Add(uint32_t a, Weights w) {
-    sum = _mm512_add_epi32(sum, _mm512_popcnt_epi32(_mm512_xor_si512(_mm512_set1_epi32(int32_t(a)), w)));
+  void Start(I sums) { sum = sums; }
+  // For several blocks kept in a register: as an operand in memory it would be loaded for each of them.
+  template <int B>
+  static I Spread(const uint32_t* a) {
+    I x = _mm512_set1_epi32(int32_t(*a));
+    if constexpr (B > 1) __asm__("" : "+v"(x));
+    return x;
   }
+  static Weights Load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  void Add(I a, Weights w) { sum = _mm512_add_epi32(sum, _mm512_popcnt_epi32(_mm512_xor_si512(a, w))); }
   void Flush() {}
   I Total() const { return sum; }
 };
 
-// 8 pixels x 32 filters: 16 sums; rows of 56, 28, 14 and 7 pixels split without a remainder.
-constexpr int kBitBlocks = 2, kGemmPixels = 6, kGemmBlocks = 4, kEpiloguePixels = 8;
-constexpr int BitPixels(int) { return 8; }
+constexpr int kBitBlocks = 4, kGemmPixels = 6, kGemmBlocks = 4, kEpiloguePixels = 8;
+constexpr int BitPixels(int blocks) { return blocks > 2 ? 4 : 8; }  // 16 sums
 
 #include "kernels/generic.inc"
 
