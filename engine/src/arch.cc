@@ -80,6 +80,7 @@ Kernels SelectKernels(const std::string& name, uint32_t features) {
       const Kernels& next = *row.kernels;
       FillIn(out.bit_threshold, next.bit_threshold);
       FillIn(out.bit_accumulate, next.bit_accumulate);
+      FillIn(out.bit_steps, next.bit_steps);
       FillIn(out.int_gemm, next.int_gemm);
       FillIn(out.float_gemm, next.float_gemm);
       FillIn(out.patches, next.patches);

@@ -350,6 +350,7 @@ class Planner {
     }
     PushOffsets(s, n, sums);
     Chain(s, v);
+    s.stores_sums = !s.epilogue.empty() && s.epilogue.front().step == Step::kStoreI32;
     if (s.integer) UseThresholds(s, n, x);
   }
 

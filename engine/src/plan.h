@@ -101,6 +101,7 @@ struct PlanStep {
 
   // popcount convolutions: base or limits per border class and filter
   bool threshold = false;
+  bool stores_sums = false;     // the epilogue stores the accumulators themselves
   std::vector<ptrdiff_t> taps;  // of each tap word: from a pixel's first tap, in words
   Aligned<int32_t> table;
   Aligned<int32_t> limit;  // thresholds of other integer producers

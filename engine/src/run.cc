@@ -115,27 +115,33 @@ class RowRunner {
     }
   }
 
-  // The epilogue over `pixels` pixels of a row, all blocks or some.
-  void Finish(const void* tile, int64_t tile_step, int64_t image, int64_t y, int64_t x, int64_t pixels,
-              int64_t first_block = 0, int64_t blocks = 0) const {
-    constexpr size_t kInline = 16;
-    void* few[kInline];
-    std::vector<void*> many;
-    void** slots = few;
-    if (s_.slots.size() > kInline) {
-      many.resize(s_.slots.size());
-      slots = many.data();
-    }
-    for (size_t i = 0; i < s_.slots.size(); ++i) slots[i] = At(s_.slots[i], image, y, x);
-    const float* border = nullptr;
-    const int32_t* border_offset = nullptr;
+  // The epilogue over `pixels` pixels of a row, all blocks or some. It has the places of its slots in `slots_`.
+  Epilogue EpilogueAt(int64_t image, int64_t y, int64_t x, int64_t pixels, int64_t first_block, int64_t blocks) {
+    slots_.resize(s_.slots.size());
+    for (size_t i = 0; i < s_.slots.size(); ++i) slots_[i] = At(s_.slots[i], image, y, x);
+    Epilogue e{};
+    e.steps = s_.epilogue.data();
+    e.count = int(s_.epilogue.size());
+    e.rep = s_.tile;
+    e.pixels = int(pixels);
+    e.src_block = e.first_block = int(first_block);
+    e.blocks = int(blocks);
+    e.channels = int(s_.shape.channels);
+    e.slots = slots_.data();
     if (s_.border.size()) {
-      border = s_.border.data() + s_.row_class[size_t(y)] * s_.row_class_step;
-      border_offset = s_.col_offset.data() + x;
+      e.border = s_.border.data() + s_.row_class[size_t(y)] * s_.row_class_step;
+      e.border_offset = s_.col_offset.data() + x;
     }
+    return e;
+  }
+
+  void Finish(const void* tile, int64_t tile_step, int64_t image, int64_t y, int64_t x, int64_t pixels,
+              int64_t first_block = 0, int64_t blocks = 0) {
     const int64_t all = RoundUp(s_.shape.channels, kLanes) / kLanes;
-    k_.epilogue({s_.epilogue.data(), int(s_.epilogue.size()), tile, s_.tile, tile_step, int(pixels), int(first_block),
-                 int(first_block), int(blocks ? blocks : all), int(s_.shape.channels), slots, border, border_offset});
+    Epilogue e = EpilogueAt(image, y, x, pixels, first_block, blocks ? blocks : all);
+    e.src = tile;
+    e.src_step = tile_step;
+    k_.epilogue(e);
   }
 
   void InputRow(int64_t image, int64_t y) const {
@@ -163,7 +169,7 @@ class RowRunner {
     }
   }
 
-  void BitRows(int64_t image, int64_t y0, int64_t y1, int64_t x0, int64_t x1) const {
+  void BitRows(int64_t image, int64_t y0, int64_t y1, int64_t x0, int64_t x1) {
     static constexpr int32_t kNoOffset[64] = {};
     const Buffer& b = buffer(s_.sources[0]);
     const Geometry& g = n_.geometry;
@@ -190,6 +196,10 @@ class RowRunner {
             c.bits = reinterpret_cast<uint32_t*>(At(s_.writes[0], image, y, x)) + first / 2;
             c.bits_step = buffer(s_.writes[0]).pixel;
             k_.bit_threshold(c);
+          } else if (!s_.stores_sums) {
+            const Epilogue e = EpilogueAt(image, y, x, c.pixels, first, blocks);
+            c.epilogue = &e;
+            k_.bit_steps(c);
           } else {
             c.acc = reinterpret_cast<int32_t*>(scratch_);
             c.acc_step = s_.tile_step;
@@ -421,6 +431,7 @@ class RowRunner {
   int64_t batch_;
   const void* input_;
   char* scratch_;
+  std::vector<void*> slots_;
 };
 
 // One image of a buffer, dense and without ring; bits as int16 integers.

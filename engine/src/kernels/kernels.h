@@ -27,6 +27,8 @@ enum class Rep : uint8_t {
 // --- 1-bit x 1-bit convolution of one run of output pixels of one row ---
 // acc = base[pixel][filter] - 2 * popcount(activation xor weight), summed over all taps; padded taps hold 0 bits and
 // `base` has them corrected. Weights are [tap word][block][16 filters].
+struct Epilogue;
+
 struct BitConv {
   const uint32_t* a;      // the first pixel's first tap
   const ptrdiff_t* taps;  // where each tap word lies from there, in words
@@ -45,6 +47,8 @@ struct BitConv {
   // bit_threshold: bit = table + popcount < 0. Writes (blocks + 1) / 2 words a pixel.
   uint32_t* bits;
   ptrdiff_t bits_step;  // in words
+  // bit_steps: the epilogue on float(acc), which is in no memory: `src` is not read. Its first block is that of `w`.
+  const Epilogue* epilogue;
 };
 
 // --- matrix product: out[pixel][block * 16 + lane] = sum over k of a[pixel][k] * w[block][k][lane] ---
@@ -163,6 +167,7 @@ struct Kernels {
   const char* isa;
   void (*bit_threshold)(const BitConv&);
   void (*bit_accumulate)(const BitConv&);
+  void (*bit_steps)(const BitConv&);
   void (*int_gemm)(const Gemm&);
   void (*float_gemm)(const Gemm&);
   void (*patches)(const Patches&);

@@ -98,7 +98,10 @@ struct BitCount {
     return x;
   }
   static Weights Load(const uint32_t* p) { return _mm512_loadu_si512(p); }
-  void Add(I a, Weights w) { sum = _mm512_add_epi32(sum, _mm512_popcnt_epi32(_mm512_xor_si512(a, w))); }
+  void Add(I a, Weights w) {
+    const I count = _mm512_popcnt_epi32(_mm512_xor_si512(a, w));
+    __asm__("vpaddd %1, %0, %0" : "+v"(sum) : "v"(count));
+  }
   void Flush() {}
   I Total() const { return sum; }
 };
