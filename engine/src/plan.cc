@@ -566,6 +566,8 @@ class Planner {
           s.taps.push_back(y * g.dilation[0] * source.row() + x * g.dilation[1] * source.pixel + i);
       }
     }
+    s.rows_of_3 = s.taps.size() == 9;
+    for (size_t k = 0; k < 9 && s.rows_of_3; ++k) s.rows_of_3 = s.taps[k] == s.taps[k / 3 * 3] + ptrdiff_t(k % 3);
     const auto [rows, cols] = SetClasses(s, n, s.blocks * kLanes);
     s.table = Aligned<int32_t>(rows.valid.size() * size_t(s.row_class_step));
     int32_t* base = s.table.data();

@@ -39,7 +39,7 @@ inline int64_t RepSize(Rep rep) { return rep == Rep::kS16 || rep == Rep::kF16 ? 
 
 // One stored form of one value. A value that both a popcount convolution and something else reads has two.
 struct Buffer {
-  Value value;                   // -1: sums of codes, which are no value of the network
+  Value value;  // -1: sums of codes, which are no value of the network
   Rep rep;
   Shape shape;
   int64_t pixel;                 // elements (words for bits) from pixel to pixel
@@ -101,6 +101,7 @@ struct PlanStep {
 
   // popcount convolutions: base or limits per border class and filter
   bool threshold = false;
+  bool rows_of_3 = false;       // the taps are 3 rows of 3 words side by side
   bool stores_sums = false;     // the epilogue stores the accumulators themselves
   std::vector<ptrdiff_t> taps;  // of each tap word: from a pixel's first tap, in words
   Aligned<int32_t> table;

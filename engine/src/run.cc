@@ -177,6 +177,7 @@ class RowRunner {
     BitConv c{};
     c.taps = s_.taps.data();
     c.depth = int(s_.depth);
+    c.rows_of_3 = s_.rows_of_3;
     c.pixel_step = s_.batch_is_row ? b.pixel : g.stride[1] * b.pixel;
     for (int64_t first = 0; first < s_.blocks;) {
       const int64_t group = first / group_blocks;

@@ -33,6 +33,7 @@ struct BitConv {
   const uint32_t* a;      // the first pixel's first tap
   const ptrdiff_t* taps;  // where each tap word lies from there, in words
   int depth;              // number of tap words
+  bool rows_of_3;         // they are 3 rows of 3 words side by side
   ptrdiff_t pixel_step;   // in words
   int pixels;
   const uint32_t* w;

@@ -133,7 +133,9 @@ struct BitCount {
   int32_t sum[kLanes];
   void Start(const I& sums) { StoreI(sum, sums); }
   template <int B>
-  static uint32_t Spread(const uint32_t* a) { return *a; }
+  static uint32_t Spread(const uint32_t* a) {
+    return *a;
+  }
   static Weights Load(const uint32_t* p) { return p; }
   void Add(uint32_t a, Weights w) {
     for (int i = 0; i < kLanes; ++i) {
@@ -148,6 +150,7 @@ struct BitCount {
   I Total() const { return LoadI(sum); }
 };
 
+constexpr bool kBitStationary = false;
 constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4;
 constexpr int BitPixels(int) { return 2; }
 

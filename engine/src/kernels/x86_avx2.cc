@@ -109,7 +109,9 @@ struct BitCount {
     sum = sums;
   }
   template <int B>
-  static __m256i Spread(const uint32_t* a) { return _mm256_set1_epi32(int32_t(*a)); }
+  static __m256i Spread(const uint32_t* a) {
+    return _mm256_set1_epi32(int32_t(*a));
+  }
   static Weights Load(const uint32_t* p) { return {Load256(p), Load256(p + 8)}; }
   static __m256i Count(__m256i x) {
     const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2,
@@ -134,6 +136,7 @@ struct BitCount {
   I Total() const { return AddI(sum, {Lanes(bytes.a), Lanes(bytes.b)}); }
 };
 
+constexpr bool kBitStationary = false;
 constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4;
 constexpr int BitPixels(int blocks) { return blocks == 1 ? 4 : 2; }
 
