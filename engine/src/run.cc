@@ -115,10 +115,11 @@ class RowRunner {
     }
   }
 
-  // The epilogue over `pixels` pixels of a row, all blocks or some. It has the places of its slots in `slots_`.
+  // The epilogue over `pixels` pixels of a row, all blocks or some. It has the places of its slots in `few_` or
+  // `many_`.
   Epilogue EpilogueAt(int64_t image, int64_t y, int64_t x, int64_t pixels, int64_t first_block, int64_t blocks) {
-    slots_.resize(s_.slots.size());
-    for (size_t i = 0; i < s_.slots.size(); ++i) slots_[i] = At(s_.slots[i], image, y, x);
+    void** const slots = Slots();
+    for (size_t i = 0; i < s_.slots.size(); ++i) slots[i] = At(s_.slots[i], image, y, x);
     Epilogue e{};
     e.steps = s_.epilogue.data();
     e.count = int(s_.epilogue.size());
@@ -127,12 +128,29 @@ class RowRunner {
     e.src_block = e.first_block = int(first_block);
     e.blocks = int(blocks);
     e.channels = int(s_.shape.channels);
-    e.slots = slots_.data();
+    e.slots = slots;
     if (s_.border.size()) {
       e.border = s_.border.data() + s_.row_class[size_t(y)] * s_.row_class_step;
       e.border_offset = s_.col_offset.data() + x;
     }
     return e;
+  }
+
+  // From row y - 1 to row y of the same image, where there is one before `end`.
+  void NextRow(Epilogue& e, int64_t y, int64_t end) {
+    if (y == end) return;
+    void** const slots = Slots();
+    for (size_t i = 0; i < s_.slots.size(); ++i) {
+      const Buffer& b = buffer(s_.slots[i]);
+      slots[i] = static_cast<char*>(slots[i]) + b.row() * RepSize(b.rep);
+    }
+    if (e.border) e.border = s_.border.data() + s_.row_class[size_t(y)] * s_.row_class_step;
+  }
+
+  void** Slots() {
+    if (s_.slots.size() <= few_.size()) return few_.data();
+    many_.resize(s_.slots.size());
+    return many_.data();
   }
 
   void Finish(const void* tile, int64_t tile_step, int64_t image, int64_t y, int64_t x, int64_t pixels,
@@ -174,6 +192,9 @@ class RowRunner {
     const Buffer& b = buffer(s_.sources[0]);
     const Geometry& g = n_.geometry;
     const int64_t group_blocks = s_.blocks / n_.groups, group_words = b.pixel / n_.groups;
+    const bool thresholds = s_.threshold && s_.epilogue.empty();
+    // Only sums go through memory, piece by piece.
+    const int64_t piece = s_.stores_sums || s_.batch_is_row ? s_.tile_pixels : x1 - x0;
     BitConv c{};
     c.taps = s_.taps.data();
     c.depth = int(s_.depth);
@@ -184,29 +205,40 @@ class RowRunner {
       const int64_t blocks = std::min<int64_t>(4, (group + 1) * group_blocks - first);
       c.w = s_.bit_weights.data() + first * s_.w_block;
       c.blocks = int(blocks);
-      for (int64_t y = y0; y < y1; ++y) {
-        const char* row = Start(s_.sources[0], image) + b.at(y * g.stride[0] - g.padding[0], -g.padding[1]);
-        const int32_t* table =
-            s_.table.data() + (s_.batch_is_row ? 0 : s_.row_class[size_t(y)] * s_.row_class_step) + first * kLanes;
-        for (int64_t x = x0; x < x1; x += s_.tile_pixels) {
-          c.pixels = int(std::min<int64_t>(s_.tile_pixels, x1 - x));
-          c.a = reinterpret_cast<const uint32_t*>(row) + x * c.pixel_step + group * group_words;
-          c.table = table;
-          c.offset = s_.batch_is_row ? kNoOffset : s_.col_offset.data() + x;
-          if (s_.threshold && s_.epilogue.empty()) {
-            c.bits = reinterpret_cast<uint32_t*>(At(s_.writes[0], image, y, x)) + first / 2;
-            c.bits_step = buffer(s_.writes[0]).pixel;
+      for (int64_t x = x0; x < x1; x += piece) {
+        c.pixels = int(std::min<int64_t>(piece, x1 - x));
+        c.offset = s_.batch_is_row ? kNoOffset : s_.col_offset.data() + x;
+        const char* row = Start(s_.sources[0], image) + b.at(y0 * g.stride[0] - g.padding[0], -g.padding[1]) +
+                          (x * c.pixel_step + group * group_words) * 4;
+        Epilogue e{};
+        if (thresholds) {
+          const Buffer& to = buffer(s_.writes[0]);
+          c.bits = reinterpret_cast<uint32_t*>(At(s_.writes[0], image, y0, x)) + first / 2;
+          c.bits_step = to.pixel;
+        } else {
+          e = EpilogueAt(image, y0, x, c.pixels, first, blocks);
+          c.epilogue = &e;
+          c.acc = reinterpret_cast<int32_t*>(scratch_);
+          c.acc_step = s_.tile_step;
+          e.src = scratch_;
+          e.src_step = s_.tile_step;
+        }
+        for (int64_t y = y0; y < y1; ++y) {
+          c.a = reinterpret_cast<const uint32_t*>(row);
+          c.table = s_.table.data() + first * kLanes;
+          if (!s_.batch_is_row) c.table += s_.row_class[size_t(y)] * s_.row_class_step;
+          if (thresholds) {
             k_.bit_threshold(c);
+            c.bits += buffer(s_.writes[0]).row();
           } else if (!s_.stores_sums) {
-            const Epilogue e = EpilogueAt(image, y, x, c.pixels, first, blocks);
-            c.epilogue = &e;
             k_.bit_steps(c);
+            NextRow(e, y + 1, y1);
           } else {
-            c.acc = reinterpret_cast<int32_t*>(scratch_);
-            c.acc_step = s_.tile_step;
             k_.bit_accumulate(c);
-            Finish(scratch_, s_.tile_step, image, y, x, c.pixels, first, blocks);
+            k_.epilogue(e);
+            NextRow(e, y + 1, y1);
           }
+          row += g.stride[0] * b.row() * 4;
         }
       }
       first += blocks;
@@ -432,7 +464,8 @@ class RowRunner {
   int64_t batch_;
   const void* input_;
   char* scratch_;
-  std::vector<void*> slots_;
+  std::array<void*, 16> few_;  // the places of the epilogue's slots, or in `many_`
+  std::vector<void*> many_;
 };
 
 // One image of a buffer, dense and without ring; bits as int16 integers.

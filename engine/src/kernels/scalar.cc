@@ -150,7 +150,7 @@ struct BitCount {
   I Total() const { return LoadI(sum); }
 };
 
-constexpr bool kBitStationary = false;
+constexpr bool kBitUnroll3x3 = false;
 constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4;
 constexpr int BitPixels(int) { return 2; }
 

@@ -136,7 +136,7 @@ struct BitCount {
   I Total() const { return AddI(sum, {Lanes(bytes.a), Lanes(bytes.b)}); }
 };
 
-constexpr bool kBitStationary = false;
+constexpr bool kBitUnroll3x3 = false;
 constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4;
 constexpr int BitPixels(int blocks) { return blocks == 1 ? 4 : 2; }
 

@@ -106,7 +106,7 @@ struct BitCount {
   I Total() const { return sum; }
 };
 
-constexpr bool kBitStationary = true;
+constexpr bool kBitUnroll3x3 = true;
 constexpr int kBitBlocks = 4, kGemmPixels = 6, kGemmBlocks = 4, kEpiloguePixels = 8;
 constexpr int BitPixels(int blocks) { return blocks > 2 ? 4 : 8; }  // 16 sums
 
