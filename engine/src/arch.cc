@@ -79,7 +79,6 @@ Kernels SelectKernels(const std::string& name, uint32_t features) {
     } else if (reached && available) {
       const Kernels& next = *row.kernels;
       FillIn(out.bit_threshold, next.bit_threshold);
-      FillIn(out.bit_accumulate, next.bit_accumulate);
       FillIn(out.bit_steps, next.bit_steps);
       FillIn(out.int_gemm, next.int_gemm);
       FillIn(out.float_gemm, next.float_gemm);

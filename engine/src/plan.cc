@@ -83,6 +83,18 @@ class Planner {
     return n.groups == 1 || (n.weights.shape[3] % 32 == 0 && n.weights.shape[0] / n.groups % 32 == 0);
   }
 
+  // Integers by integers, or floats by floats, in one group, with the columns of a window side by side in memory: it
+  // can be read where it lies. Few channels in wide pixels would be mostly zeros.
+  bool ReadsSource(const Node& n, Rep rep, int64_t pixel) const {
+    if ((n.op != Op::kConv && n.op != Op::kLinear) || n.groups != 1 || IsBitConv(n)) return false;
+    const ValueType& x = type(n.inputs[0]);
+    const bool integer = n.weights.integer && x.dtype == Dtype::kCodes;
+    if (rep != (integer ? Rep::kS16 : Rep::kF32)) return false;
+    const int64_t channels = x.shape.channels;
+    if (n.kernel[1] == 1) return true;
+    return n.geometry.dilation[1] == 1 && (integer ? pixel < 2 * channels : pixel == channels);
+  }
+
   Rep Reads(Value consumer, Value v) const { return IsBitConv(node(consumer)) ? Rep::kBits : Natural(type(v)); }
 
   // --- buffers ---
@@ -97,11 +109,10 @@ class Planner {
     Buffer b{v, rep, type(v).shape, 0};
     const int64_t c = b.shape.channels;
     b.pixel = dense ? c : rep == Rep::kBits ? RoundUp(c, 32) / 32 : RoundUp(c, kLanes);
-    if (rep == Rep::kBits) {
-      for (Value consumer : consumers_[size_t(v)]) {
-        if (!IsBitConv(node(consumer))) continue;
-        for (size_t i = 0; i < 4; ++i) b.ring[i] = std::max(b.ring[i], node(consumer).geometry.padding[i]);
-      }
+    for (Value consumer : consumers_[size_t(v)]) {
+      const Node& n = node(consumer);
+      if (rep == Rep::kBits ? !IsBitConv(n) : !ReadsSource(n, rep, b.pixel)) continue;
+      for (size_t i = 0; i < 4; ++i) b.ring[i] = std::max(b.ring[i], n.geometry.padding[i]);
     }
     b.first = b.last = int(plan_.steps.size());
     plan_.buffers.push_back(b);
@@ -346,11 +357,10 @@ class Planner {
     } else if (n.groups > 1 && n.groups == x.shape.channels && w.shape[0] == n.groups) {
       PackDepthwise(s, n);
     } else {
-      PackGemm(s, n, x);
+      PackGemm(s, n);
     }
     PushOffsets(s, n, sums);
     Chain(s, v);
-    s.stores_sums = !s.epilogue.empty() && s.epilogue.front().step == Step::kStoreI32;
     if (s.integer) UseThresholds(s, n, x);
   }
 
@@ -467,14 +477,21 @@ class Planner {
     }
   }
 
-  void PackGemm(PlanStep& s, const Node& n, const ValueType& x) {
+  void PackGemm(PlanStep& s, const Node& n) {
     s.producer = Producer::kGemm;
     s.info.kernel = s.integer ? "int_gemm" : "float_gemm";
     const Weights& w = n.weights;
     const int64_t filters = w.shape[0] / n.groups, k = w.shape[1] * w.shape[2] * w.shape[3];
+    const Buffer& source = plan_.buffers[size_t(s.sources[0])];
+    const int64_t channels = w.shape[3];
+    s.from_source = ReadsSource(n, source.rep, source.pixel);
+    s.fused = n.groups == 1 || filters % kLanes == 0;
     s.blocks = RoundUp(filters, kLanes) / kLanes;
-    s.depth = s.integer ? (k + 1) / 2 : k;
-    s.w_block = s.depth * kLanes * (s.integer ? 2 : 1);
+    s.rows = s.from_source ? w.shape[1] : 1;
+    const int64_t row = s.from_source ? (w.shape[2] - 1) * source.pixel + channels : k;
+    s.depth = s.integer ? (row + 1) / 2 : row;
+    const int64_t row_step = s.depth * kLanes * (s.integer ? 2 : 1);
+    s.w_block = s.rows * row_step;
     const int64_t size = n.groups * s.blocks * s.w_block;
     if (s.integer) {
       s.int_weights = Aligned<int16_t>(size_t(size));
@@ -486,22 +503,21 @@ class Planner {
       const int64_t group = o / filters, f = o % filters;
       const int64_t base = (group * s.blocks + f / kLanes) * s.w_block;
       for (int64_t i = 0; i < k; ++i) {
+        const int64_t tap = i / channels;
+        const int64_t r = s.from_source ? tap / w.shape[2] : 0;
+        const int64_t at = s.from_source ? tap % w.shape[2] * source.pixel + i % channels : i;
         if (s.integer) {
-          s.int_weights[size_t(base + (i / 2 * kLanes + f % kLanes) * 2 + i % 2)] = w.codes[size_t(o * k + i)];
+          const int64_t place = base + r * row_step + (at / 2 * kLanes + f % kLanes) * 2 + at % 2;
+          s.int_weights[size_t(place)] = w.codes[size_t(o * k + i)];
         } else {
-          s.float_weights[size_t(base + i * kLanes + f % kLanes)] = Number(w, o * k + i);
+          s.float_weights[size_t(base + r * row_step + at * kLanes + f % kLanes)] = Number(w, o * k + i);
         }
       }
     }
-    const Rep source = Natural(x);
-    const Geometry& g = n.geometry;
-    const bool pointwise = n.kernel == std::array<int, 2>{1, 1} && g.padding == std::array<int, 4>{0, 0, 0, 0} &&
-                           g.stride == std::array<int, 2>{1, 1} && n.groups == 1;
-    s.direct = pointwise && (s.integer ? x.shape.channels % 2 == 0 : source == Rep::kF32);
     s.tile_step = n.groups * filters + kLanes;  // grouped results are moved together; the last one may reach over
     s.tile_step = RoundUp(s.tile_step, kLanes);
     s.tile_pixels = TilePixels(s);
-    if (!s.direct) {
+    if (!s.from_source) {
       const int64_t most = kPatchBytes / (PatchStep(s) * (s.integer ? 2 : 4));
       s.tile_pixels = int(std::clamp<int64_t>(most, 4, s.tile_pixels));
     }

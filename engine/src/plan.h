@@ -82,9 +82,12 @@ struct PlanStep {
 
   // convolutions
   bool integer = false;
-  bool direct = false;  // 1 x 1: the source itself is the matrix
-  int64_t blocks = 0;   // of 16 output channels (of one group, for grouped gemm)
-  int64_t depth = 0;    // pairs, numbers or words of a filter; of sums of codes: input rows that a window reaches over
+  bool from_source = false;  // windows are read where they lie, row by row; else from copies (im2col)
+  bool fused = false;        // the epilogue runs on the sums in registers
+  int64_t rows = 1;          // of a window that is read where it lies
+  int64_t blocks = 0;        // of 16 output channels (of one group, for grouped gemm)
+  int64_t depth = 0;  // pairs or numbers of a window's row, words of a filter; of sums of codes: input rows that a
+                      // window reaches over
   int64_t w_block = 0;
   int tile_pixels = 0;
   int64_t tile_step = 0;  // elements from pixel to pixel of the tile
@@ -102,7 +105,6 @@ struct PlanStep {
   // popcount convolutions: base or limits per border class and filter
   bool threshold = false;
   bool rows_of_3 = false;       // the taps are 3 rows of 3 words side by side
-  bool stores_sums = false;     // the epilogue stores the accumulators themselves
   std::vector<ptrdiff_t> taps;  // of each tap word: from a pixel's first tap, in words
   Aligned<int32_t> table;
   Aligned<int32_t> limit;  // thresholds of other integer producers

@@ -69,21 +69,21 @@ class RowRunner {
   }
   char* At(int id, int64_t image, int64_t y, int64_t x) const { return Start(id, image) + buffer(id).at(y, x); }
 
-  static void ZeroWords(char* at, int64_t words) {  // a few only: a call of memset costs more
-    for (int64_t i = 0; i < words; ++i) reinterpret_cast<uint32_t*>(at)[i] = 0;
+  static void ZeroHalves(char* at, int64_t count) {  // a few only: a call of memset costs more
+    for (int64_t i = 0; i < count; ++i) reinterpret_cast<uint16_t*>(at)[i] = 0;
   }
 
-  // The ring of zero bits around row y (and above the first, below the last row) of the bit buffers this step fills.
+  // The ring of zeros around row y (and above the first, below the last row) of the buffers this step fills.
   void ZeroRing(int64_t image, int64_t y) const {
     for (int id : s_.writes) {
       const Buffer& b = buffer(id);
       if (b.ring == std::array<int, 4>{}) continue;
       char* const start = Start(id, image);
-      const int64_t row = b.row() * 4, pixel = b.pixel * 4;
+      const int64_t row = b.row() * RepSize(b.rep), pixel = b.pixel * RepSize(b.rep);
       if (y == 0) std::memset(start, 0, size_t(b.ring[0] * row));
       char* const at = start + (y + b.ring[0]) * row;
-      ZeroWords(at, b.ring[1] * b.pixel);
-      ZeroWords(at + (b.ring[1] + b.shape.width) * pixel, b.ring[3] * b.pixel);
+      ZeroHalves(at, b.ring[1] * pixel / 2);
+      ZeroHalves(at + (b.ring[1] + b.shape.width) * pixel, b.ring[3] * pixel / 2);
       if (y + 1 == b.shape.height) std::memset(at + row, 0, size_t(b.ring[2] * row));
     }
   }
@@ -104,7 +104,10 @@ class RowRunner {
       const void* tile = scratch_;
       int64_t tile_step = s_.tile_step;
       switch (s_.producer) {
-        case Producer::kGemm: GemmTile(image, y, x, pixels); break;
+        case Producer::kGemm:
+          GemmTile(image, y, x, pixels);
+          if (s_.fused) continue;
+          break;
         case Producer::kDepthwise: DepthwiseTile(image, y, x, pixels); break;
         case Producer::kPool: PoolTile(image, y, x, pixels); break;
         case Producer::kShuffle: ShuffleTile(image, y, x, pixels); break;
@@ -193,8 +196,7 @@ class RowRunner {
     const Geometry& g = n_.geometry;
     const int64_t group_blocks = s_.blocks / n_.groups, group_words = b.pixel / n_.groups;
     const bool thresholds = s_.threshold && s_.epilogue.empty();
-    // Only sums go through memory, piece by piece.
-    const int64_t piece = s_.stores_sums || s_.batch_is_row ? s_.tile_pixels : x1 - x0;
+    const int64_t piece = s_.batch_is_row ? s_.tile_pixels : x1 - x0;
     BitConv c{};
     c.taps = s_.taps.data();
     c.depth = int(s_.depth);
@@ -218,10 +220,6 @@ class RowRunner {
         } else {
           e = EpilogueAt(image, y0, x, c.pixels, first, blocks);
           c.epilogue = &e;
-          c.acc = reinterpret_cast<int32_t*>(scratch_);
-          c.acc_step = s_.tile_step;
-          e.src = scratch_;
-          e.src_step = s_.tile_step;
         }
         for (int64_t y = y0; y < y1; ++y) {
           c.a = reinterpret_cast<const uint32_t*>(row);
@@ -230,12 +228,8 @@ class RowRunner {
           if (thresholds) {
             k_.bit_threshold(c);
             c.bits += buffer(s_.writes[0]).row();
-          } else if (!s_.stores_sums) {
-            k_.bit_steps(c);
-            NextRow(e, y + 1, y1);
           } else {
-            k_.bit_accumulate(c);
-            k_.epilogue(e);
+            k_.bit_steps(c);
             NextRow(e, y + 1, y1);
           }
           row += g.stride[0] * b.row() * 4;
@@ -245,29 +239,36 @@ class RowRunner {
     }
   }
 
-  void GemmTile(int64_t image, int64_t y, int64_t x, int64_t pixels) const {
+  void GemmTile(int64_t image, int64_t y, int64_t x, int64_t pixels) {
     const Buffer& b = buffer(s_.sources[0]);
     const Weights& w = n_.weights;
+    const Geometry& g = n_.geometry;
     const int64_t element = s_.integer ? 2 : 4, patch_step = s_.depth * (s_.integer ? 2 : 1);
     char* const patch = scratch_ + RoundUp(s_.tile_pixels * s_.tile_step * 4, 64) + kSlack;
     char* const part = patch + RoundUp(s_.tile_pixels * patch_step * element, 64) + kSlack;
     const int64_t filters = w.shape[0] / n_.groups;
     for (int group = 0; group < n_.groups; ++group) {
       Gemm m{};
-      if (s_.direct) {
+      m.rows = int(s_.rows);
+      if (s_.batch_is_row && s_.from_source) {
         m.a = At(s_.sources[0], image, y, x);
         m.a_step = b.pixel;
+      } else if (s_.from_source) {
+        m.a = At(s_.sources[0], image, y * g.stride[0] - g.padding[0], x * g.stride[1] - g.padding[1]);
+        m.a_step = g.stride[1] * b.pixel;
+        m.row_step = g.dilation[0] * b.row();
       } else {
         Patches p{};
         p.rep = b.rep;
         p.to_float = !s_.integer;
         p.pixel_step = b.pixel;
+        p.row_step = b.row();
         p.channels = int(w.shape[3]);
         p.pixels = int(pixels);
         p.dst = patch;
         p.dst_step = patch_step;
         p.fill = int(patch_step);
-        const char* const source = Start(s_.sources[0], image) + group * w.shape[3] * RepSize(b.rep);
+        const char* const source = At(s_.sources[0], image, 0, 0) + group * w.shape[3] * RepSize(b.rep);
         if (s_.batch_is_row) {
           p.src = source + x * b.image_bytes();
           p.height = 1;
@@ -279,11 +280,11 @@ class RowRunner {
           p.width = int(b.shape.width);
           p.rows = n_.kernel[0];
           p.cols = n_.kernel[1];
-          p.stride_x = n_.geometry.stride[1];
-          p.dilation_y = n_.geometry.dilation[0];
-          p.dilation_x = n_.geometry.dilation[1];
-          p.y = int(y * n_.geometry.stride[0] - n_.geometry.padding[0]);
-          p.x = int(x * n_.geometry.stride[1] - n_.geometry.padding[1]);
+          p.stride_x = g.stride[1];
+          p.dilation_y = g.dilation[0];
+          p.dilation_x = g.dilation[1];
+          p.y = int(y * g.stride[0] - g.padding[0]);
+          p.x = int(x * g.stride[1] - g.padding[1]);
         }
         k_.patches(p);
         m.a = patch;
@@ -295,10 +296,15 @@ class RowRunner {
       m.pixels = int(pixels);
       m.depth = int(s_.depth);
       m.blocks = int(s_.blocks);
-      m.out = n_.groups == 1 ? scratch_ : part;
-      m.out_step = n_.groups == 1 ? s_.tile_step : s_.blocks * kLanes;
+      if (s_.fused) {
+        const Epilogue e = EpilogueAt(image, y, x, pixels, group * s_.blocks, s_.blocks);
+        m.epilogue = &e;
+        (s_.integer ? k_.int_gemm : k_.float_gemm)(m);
+        continue;
+      }
+      m.out = part;
+      m.out_step = s_.blocks * kLanes;
       (s_.integer ? k_.int_gemm : k_.float_gemm)(m);
-      if (n_.groups == 1) return;
       for (int64_t p = 0; p < pixels; ++p) {  // both int32 and float32 are 4 bytes
         std::memcpy(scratch_ + (p * s_.tile_step + group * filters) * 4, part + p * m.out_step * 4,
                     size_t(filters) * 4);
@@ -448,10 +454,11 @@ class RowRunner {
     const int id = s_.sources[0];
     const Buffer& b = buffer(id);
     const char* from = Start(id, image);
-    if (b.pixel == b.shape.channels) return from;
+    if (b.pixel == b.shape.channels && b.ring == std::array<int, 4>{}) return from;
     const int64_t bytes = b.shape.channels * RepSize(b.rep);
-    for (int64_t p = 0; p < b.shape.height * b.shape.width; ++p) {
-      std::memcpy(scratch_ + p * bytes, from + p * b.pixel * RepSize(b.rep), size_t(bytes));
+    char* to = scratch_;
+    for (int64_t y = 0; y < b.shape.height; ++y) {
+      for (int64_t x = 0; x < b.shape.width; ++x, to += bytes) std::memcpy(to, from + b.at(y, x), size_t(bytes));
     }
     return scratch_;
   }

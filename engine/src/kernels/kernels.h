@@ -42,28 +42,29 @@ struct BitConv {
   // below, negative.
   const int32_t* table;
   const int32_t* offset;
-  // bit_accumulate: int32 [pixel][blocks * 16], `out_step` int32 from pixel to pixel.
-  int32_t* acc;
-  ptrdiff_t acc_step;
   // bit_threshold: bit = table + popcount < 0. Writes (blocks + 1) / 2 words a pixel.
   uint32_t* bits;
   ptrdiff_t bits_step;  // in words
-  // bit_steps: the epilogue on float(acc), which is in no memory: `src` is not read. Its first block is that of `w`.
+  // bit_steps: the epilogue on acc, which is in no memory: `src` is not read. Its first block is that of `w`.
   const Epilogue* epilogue;
 };
 
-// --- matrix product: out[pixel][block * 16 + lane] = sum over k of a[pixel][k] * w[block][k][lane] ---
-// int_gemm: a is int16, k runs over pairs, w is int16 [block][pair][16][2], out is int32.
-// float_gemm: a, w [block][k][16] and out are float32; strictly sequential over k from +0, product rounded, then sum
-// rounded.
+// --- matrix product: out[pixel][block * 16 + lane] = sum over r, k of a[pixel][r][k] * w[block][r][k][lane] ---
+// int_gemm: a is int16, k runs over pairs, w is int16 [block][r][pair][16][2], out is int32.
+// float_gemm: a, w [block][r][k][16] and out are float32; strictly sequential over r and k from +0, product rounded,
+// then sum rounded.
 struct Gemm {
   const void* a;
   ptrdiff_t a_step;  // elements from pixel to pixel
   int pixels;
-  int depth;  // number of pairs, or of floats
+  int rows;            // of a window; their numbers lie side by side
+  ptrdiff_t row_step;  // elements from row to row
+  int depth;           // of a row: number of pairs, or of floats
   const void* w;
   ptrdiff_t w_block;  // elements from block to block
   int blocks;
+  // Where the results go: through an epilogue, as for bit_steps, or without one to `out`.
+  const Epilogue* epilogue;
   void* out;
   ptrdiff_t out_step;  // elements from pixel to pixel
 };
@@ -76,7 +77,7 @@ struct Patches {
   Rep rep;
   bool to_float;
   int height, width;
-  ptrdiff_t pixel_step;  // elements
+  ptrdiff_t pixel_step, row_step;  // elements
   int channels, rows, cols;
   int stride_x, dilation_y, dilation_x;
   int y, x;  // input position of the first pixel's first tap; may be negative
@@ -167,7 +168,6 @@ struct Epilogue {
 struct Kernels {
   const char* isa;
   void (*bit_threshold)(const BitConv&);
-  void (*bit_accumulate)(const BitConv&);
   void (*bit_steps)(const BitConv&);
   void (*int_gemm)(const Gemm&);
   void (*float_gemm)(const Gemm&);
