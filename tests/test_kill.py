@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -224,11 +225,13 @@ def _killed(job: Job, run_dir: Path, delay: float, where: list[str]) -> int:
     before = lock.read_bytes() if lock.is_file() else b""
     while job.process.poll() is None and not (lock.is_file() and lock.read_bytes() not in (b"", before)):
         time.sleep(0.005)
-    try:
-        assert job.process.wait(delay) == 0, job.said()
+    with suppress(subprocess.TimeoutExpired):
+        job.process.wait(delay)
+    job.process.kill()
+    status = job.process.wait()
+    if status == 0:  # at the latest while it was being killed
         return 0
-    except subprocess.TimeoutExpired:
-        job.kill()
+    assert status == -signal.SIGKILL, job.said()
     done = len(_metrics(run_dir)) if (run_dir / "metrics.csv").is_file() else 0
     where.append(f"{job.process.args[4]} {done}")
     return 1
