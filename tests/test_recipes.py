@@ -234,6 +234,8 @@ def _distinct(cells: dict[str, Cell]) -> dict[str, Cell]:
     return dict(found.values())
 
 
+OFFICIAL = cifar.CIFAR10
+"""The layout that tests put a shorter one in the place of."""
 CELLS = _cells()
 DISTINCT = _distinct(CELLS)
 
@@ -273,6 +275,22 @@ class Runs:
                 assert [row["step"] for row in csv.DictReader(rows)] == ["2"]
             self.done[key] = run_dir
         return self.done[key]
+
+
+def off_the_ties(run_dir: Path) -> None:
+    """Give the batch norms of a finished run biases that are not 0, as training does.
+
+    After two steps many are: their threshold is the mean of the integers of four images, which those of the next images meet
+    exactly, and there rounding alone decides. AlexNet's linear layers had 26 such root flips.
+    """
+    place = run_dir / "checkpoints" / "final.ckpt"
+    tree = torch.load(place, weights_only=True)
+    state, generator = tree["state_dict"], torch.Generator().manual_seed(0)
+    biases = [name for name in state if name.removesuffix("bias") + "running_mean" in state and name.endswith("bias")]
+    assert biases
+    for name in biases:
+        state[name] += 0.01 * torch.randn(state[name].shape, generator=generator)
+    torch.save(tree, place)
 
 
 def prove(run_dir: Path) -> None:
@@ -402,13 +420,15 @@ def full(tmp_path_factory: pytest.TempPathFactory, cifar_root: Path, thousand_cl
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DISTINCT)
 def test_every_network_at_full_size(name: str, full: Runs) -> None:
-    prove(full.train(DISTINCT[name]))
+    run_dir = full.train(DISTINCT[name])
+    off_the_ties(run_dir)
+    prove(run_dir)
 
 
 @pytest.fixture(scope="module")
 def official_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CIFAR-10 with all its 60,000 images, 176 MiB."""
-    return write_cifar(tmp_path_factory.mktemp("official"), cifar.CIFAR10)
+    return write_cifar(tmp_path_factory.mktemp("official"), OFFICIAL)
 
 
 @pytest.mark.slow
