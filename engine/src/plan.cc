@@ -89,13 +89,35 @@ class Planner {
     if ((n.op != Op::kConv && n.op != Op::kLinear) || n.groups != 1 || IsBitConv(n)) return false;
     const ValueType& x = type(n.inputs[0]);
     const bool integer = n.weights.integer && x.dtype == Dtype::kCodes;
+    if (rep == Rep::kU8) return true;
     if (rep != (integer ? Rep::kS16 : Rep::kF32)) return false;
     const int64_t channels = x.shape.channels;
     if (n.kernel[1] == 1) return true;
     return n.geometry.dilation[1] == 1 && (integer ? pixel < 2 * channels : pixel == channels);
   }
 
-  Rep Reads(Value consumer, Value v) const { return IsBitConv(node(consumer)) ? Rep::kBits : Natural(type(v)); }
+  // Codes and weights that fit a byte each, for kernels that have a product for them.
+  bool TakesBytes(const Node& n) const {
+    if (!kernels_.byte_gemm || n.op == Op::kInput || n.inputs.empty()) return false;
+    const Value v = n.inputs[0];
+    const ValueType& x = type(v);
+    if (x.dtype != Dtype::kCodes || !n.offsets.weight.empty() || !n.weights.integer) return false;
+    if (HighestCode(x.codes) - LowestCode(x.codes) > 255) return false;
+    if (LowestCode(n.weights.type) < -128 || HighestCode(n.weights.type) > 127) return false;
+    if (node(v).op != Op::kInput && !x.zero_point.empty()) return false;  // pixels that were flattened
+    const int64_t c = x.shape.channels;
+    return ReadsSource(n, Rep::kS16, node(v).op == Op::kInput ? c : RoundUp(c, kLanes));
+  }
+
+  Rep Reads(Value consumer, Value v) const {
+    if (IsBitConv(node(consumer))) return Rep::kBits;
+    if (!TakesBytes(node(consumer))) return Natural(type(v));
+    // The input is stored once.
+    const auto& all = consumers_[size_t(v)];
+    const bool together =
+        node(v).op != Op::kInput || std::all_of(all.begin(), all.end(), [&](Value c) { return TakesBytes(node(c)); });
+    return together ? Rep::kU8 : Natural(type(v));
+  }
 
   // --- buffers ---
 
@@ -113,6 +135,11 @@ class Planner {
       const Node& n = node(consumer);
       if (rep == Rep::kBits ? !IsBitConv(n) : !ReadsSource(n, rep, b.pixel)) continue;
       for (size_t i = 0; i < 4; ++i) b.ring[i] = std::max(b.ring[i], n.geometry.padding[i]);
+    }
+    if (rep == Rep::kU8) {
+      const ValueType& t = type(v);
+      b.zero.assign(size_t(c), uint8_t(-LowestCode(t.codes)));
+      if (!t.zero_point.empty()) std::copy(t.zero_point.begin(), t.zero_point.end(), b.zero.begin());
     }
     b.first = b.last = int(plan_.steps.size());
     plan_.buffers.push_back(b);
@@ -162,10 +189,12 @@ class Planner {
 
   // Stores v, which the epilogue holds, in every form that `readers` want.
   void Store(PlanStep& s, Value v, const std::vector<Value>& readers) {
-    for (Rep rep : {Rep::kBits, Rep::kS16, Rep::kI32, Rep::kF32, Rep::kF16}) {
+    for (Rep rep : {Rep::kBits, Rep::kS16, Rep::kI32, Rep::kF32, Rep::kF16, Rep::kU8}) {
       if (std::none_of(readers.begin(), readers.end(), [&](Value c) { return Reads(c, v) == rep; })) continue;
-      constexpr Step kStore[] = {Step::kStoreBits, Step::kStoreS16, Step::kStoreI32, Step::kStoreF32, Step::kStoreF16};
-      PushStore(s, kStore[int(rep)], v, rep);
+      constexpr Step kStore[] = {Step::kStoreBits, Step::kStoreS16, Step::kStoreI32,
+                                 Step::kStoreF32,  Step::kStoreF16, Step::kStoreU8};
+      EpilogueStep& e = PushStore(s, kStore[int(rep)], v, rep);
+      if (rep == Rep::kU8) e.low = float(LowestCode(type(v).codes));
     }
   }
 
@@ -176,8 +205,11 @@ class Planner {
       return std::any_of(readers.begin(), readers.end(), [&](Value c) { return Reads(c, q) == rep; });
     };
     if (wants(Rep::kBits)) PushStore(s, Step::kStoreBits, q, Rep::kBits);
-    if (wants(Rep::kS16)) {
-      EpilogueStep& e = PushStore(s, IsSign(n.type.codes) ? Step::kSignS16 : Step::kQuantS16, q, Rep::kS16);
+    for (Rep rep : {Rep::kS16, Rep::kU8}) {
+      if (!wants(rep)) continue;
+      const bool bytes = rep == Rep::kU8;
+      const Step quantize = bytes ? Step::kQuantU8 : Step::kQuantS16, sign = bytes ? Step::kSignU8 : Step::kSignS16;
+      EpilogueStep& e = PushStore(s, IsSign(n.type.codes) ? sign : quantize, q, rep);
       e.low = float(LowestCode(n.type.codes));
       e.high = float(HighestCode(n.type.codes));
       e.scale = n.reciprocal;
@@ -297,7 +329,8 @@ class Planner {
   void Input(PlanStep& s, Value v) {
     s.producer = Producer::kInput;
     s.info.kernel = "input";
-    plan_.input = NewBuffer(v, Natural(type(v)), /*dense=*/true);
+    const auto& readers = consumers_[size_t(v)];
+    plan_.input = NewBuffer(v, readers.empty() ? Natural(type(v)) : Reads(readers[0], v), /*dense=*/true);
     s.writes.push_back(plan_.input);
     s.info.values.push_back(node(v).name);
     s.info.bytes = plan_.buffers[size_t(plan_.input)].image_bytes();
@@ -344,7 +377,7 @@ class Planner {
     const ValueType& x = type(n.inputs[0]);
     const Weights& w = n.weights;
     const bool bits = IsBitConv(n);
-    const Rep source = bits ? Rep::kBits : Natural(x);
+    const Rep source = Reads(v, n.inputs[0]);
     const int sums = n.offsets.weight.empty() ? -1 : SumCodes(v, source);
     s.integer = w.integer && x.dtype == Dtype::kCodes;
     s.tile = s.integer ? Rep::kI32 : Rep::kF32;
@@ -479,7 +512,8 @@ class Planner {
 
   void PackGemm(PlanStep& s, const Node& n) {
     s.producer = Producer::kGemm;
-    s.info.kernel = s.integer ? "int_gemm" : "float_gemm";
+    s.bytes = plan_.buffers[size_t(s.sources[0])].rep == Rep::kU8;
+    s.info.kernel = s.bytes ? "byte_gemm" : s.integer ? "int_gemm" : "float_gemm";
     const Weights& w = n.weights;
     const int64_t filters = w.shape[0] / n.groups, k = w.shape[1] * w.shape[2] * w.shape[3];
     const Buffer& source = plan_.buffers[size_t(s.sources[0])];
@@ -489,16 +523,20 @@ class Planner {
     s.blocks = RoundUp(filters, kLanes) / kLanes;
     s.rows = s.from_source ? w.shape[1] : 1;
     const int64_t row = s.from_source ? (w.shape[2] - 1) * source.pixel + channels : k;
-    s.depth = s.integer ? (row + 1) / 2 : row;
-    const int64_t row_step = s.depth * kLanes * (s.integer ? 2 : 1);
+    const int64_t together = s.bytes ? 4 : s.integer ? 2 : 1;  // numbers of a lane
+    s.depth = RoundUp(row, together) / together;
+    const int64_t row_step = s.depth * kLanes * together;
     s.w_block = s.rows * row_step;
     const int64_t size = n.groups * s.blocks * s.w_block;
-    if (s.integer) {
+    if (s.bytes) {
+      s.byte_weights = Aligned<int8_t>(size_t(size));
+      s.byte_start = Aligned<int32_t>(size_t(s.blocks * kLanes));
+    } else if (s.integer) {
       s.int_weights = Aligned<int16_t>(size_t(size));
     } else {
       s.float_weights = Aligned<float>(size_t(size));
     }
-    s.info.weight_bytes = size * (s.integer ? 2 : 4);
+    s.info.weight_bytes = size * (s.bytes ? 1 : s.integer ? 2 : 4);
     for (int64_t o = 0; o < w.shape[0]; ++o) {
       const int64_t group = o / filters, f = o % filters;
       const int64_t base = (group * s.blocks + f / kLanes) * s.w_block;
@@ -506,11 +544,15 @@ class Planner {
         const int64_t tap = i / channels;
         const int64_t r = s.from_source ? tap / w.shape[2] : 0;
         const int64_t at = s.from_source ? tap % w.shape[2] * source.pixel + i % channels : i;
-        if (s.integer) {
-          const int64_t place = base + r * row_step + (at / 2 * kLanes + f % kLanes) * 2 + at % 2;
+        const int64_t place = base + r * row_step + (at / together * kLanes + f % kLanes) * together + at % together;
+        if (s.bytes) {
+          const int code = w.codes[size_t(o * k + i)];
+          s.byte_weights[size_t(place)] = int8_t(code);
+          s.byte_start[size_t(f)] -= code * source.zero[size_t(i % channels)];
+        } else if (s.integer) {
           s.int_weights[size_t(place)] = w.codes[size_t(o * k + i)];
         } else {
-          s.float_weights[size_t(base + r * row_step + at * kLanes + f % kLanes)] = Number(w, o * k + i);
+          s.float_weights[size_t(place)] = Number(w, o * k + i);
         }
       }
     }

@@ -35,17 +35,18 @@ class Aligned {
 };
 
 inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-inline int64_t RepSize(Rep rep) { return rep == Rep::kS16 || rep == Rep::kF16 ? 2 : 4; }
+inline int64_t RepSize(Rep rep) { return rep == Rep::kU8 ? 1 : rep == Rep::kS16 || rep == Rep::kF16 ? 2 : 4; }
 
 // One stored form of one value. A value that both a popcount convolution and something else reads has two.
 struct Buffer {
   Value value;  // -1: sums of codes, which are no value of the network
   Rep rep;
   Shape shape;
-  int64_t pixel;                 // elements (words for bits) from pixel to pixel
-  std::array<int, 4> ring = {};  // zero pixels around the image (top, left, bottom, right): bits only
-  int first = 0, last = 0;       // steps that write it and read it last
-  int64_t offset = 0;            // in the workspace of a batch of 1; everything scales with the batch
+  int64_t pixel;                   // elements (words for bits) from pixel to pixel
+  std::array<int, 4> ring = {};    // pixels of zeros around the image (top, left, bottom, right)
+  std::vector<uint8_t> zero = {};  // kU8: the byte that stands for 0 in each channel
+  int first = 0, last = 0;         // steps that write it and read it last
+  int64_t offset = 0;              // in the workspace of a batch of 1; everything scales with the batch
 
   int64_t row() const { return (shape.width + ring[1] + ring[3]) * pixel; }
   int64_t image_bytes() const { return (shape.height + ring[0] + ring[2]) * row() * RepSize(rep); }
@@ -82,6 +83,7 @@ struct PlanStep {
 
   // convolutions
   bool integer = false;
+  bool bytes = false;        // integer, with bytes on both sides
   bool from_source = false;  // windows are read where they lie, row by row; else from copies (im2col)
   bool fused = false;        // the epilogue runs on the sums in registers
   int64_t rows = 1;          // of a window that is read where it lies
@@ -93,6 +95,8 @@ struct PlanStep {
   int64_t tile_step = 0;  // elements from pixel to pixel of the tile
   Aligned<uint32_t> bit_weights;
   Aligned<int16_t> int_weights;
+  Aligned<int8_t> byte_weights;
+  Aligned<int32_t> byte_start;  // what sums of bytes begin at: takes the zeros' part away
   Aligned<float> float_weights;
   Aligned<int32_t> depth_weights;
 

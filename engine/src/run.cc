@@ -80,12 +80,28 @@ class RowRunner {
       if (b.ring == std::array<int, 4>{}) continue;
       char* const start = Start(id, image);
       const int64_t row = b.row() * RepSize(b.rep), pixel = b.pixel * RepSize(b.rep);
+      if (b.rep == Rep::kU8) {
+        RingOfBytes(b, start, y);
+        continue;
+      }
       if (y == 0) std::memset(start, 0, size_t(b.ring[0] * row));
       char* const at = start + (y + b.ring[0]) * row;
       ZeroHalves(at, b.ring[1] * pixel / 2);
       ZeroHalves(at + (b.ring[1] + b.shape.width) * pixel, b.ring[3] * pixel / 2);
       if (y + 1 == b.shape.height) std::memset(at + row, 0, size_t(b.ring[2] * row));
     }
+  }
+
+  static void RingOfBytes(const Buffer& b, char* start, int64_t y) {
+    const auto fill = [&](int64_t row, int64_t first, int64_t pixels) {
+      char* to = start + row * b.row() + first * b.pixel;
+      for (int64_t p = 0; p < pixels; ++p, to += b.pixel) std::memcpy(to, b.zero.data(), b.zero.size());
+    };
+    const int64_t width = b.ring[1] + b.shape.width + b.ring[3], at = y + b.ring[0];
+    for (int64_t r = 0; y == 0 && r < b.ring[0]; ++r) fill(r, 0, width);
+    fill(at, 0, b.ring[1]);
+    fill(at, b.ring[1] + b.shape.width, b.ring[3]);
+    for (int64_t r = 1; y + 1 == b.shape.height && r <= b.ring[2]; ++r) fill(at + r, 0, width);
   }
 
   void Row(int64_t image, int64_t y, int64_t x0, int64_t x1) {
@@ -170,8 +186,9 @@ class RowRunner {
     const int64_t count = b.shape.width * b.pixel;
     const int64_t at = (image * b.shape.height + y) * count;
     char* const to = At(plan_.input, image, y, 0);
-    if (b.rep == Rep::kF32) {
-      std::memcpy(to, static_cast<const float*>(input_) + at, size_t(count) * 4);
+    if (b.rep == Rep::kF32 || b.rep == Rep::kU8) {
+      const int64_t size = RepSize(b.rep);
+      std::memcpy(to, static_cast<const char*>(input_) + at * size, size_t(count * size));
       return;
     }
     const uint8_t* from = static_cast<const uint8_t*>(input_) + at;
@@ -291,7 +308,10 @@ class RowRunner {
         m.a_step = patch_step;
       }
       const int64_t from = group * s_.blocks * s_.w_block;
-      m.w = s_.integer ? static_cast<const void*>(s_.int_weights.data() + from) : s_.float_weights.data() + from;
+      m.w = s_.bytes     ? static_cast<const void*>(s_.byte_weights.data() + from)
+            : s_.integer ? static_cast<const void*>(s_.int_weights.data() + from)
+                         : s_.float_weights.data() + from;
+      m.start = s_.byte_start.data();
       m.w_block = s_.w_block;
       m.pixels = int(pixels);
       m.depth = int(s_.depth);
@@ -299,7 +319,7 @@ class RowRunner {
       if (s_.fused) {
         const Epilogue e = EpilogueAt(image, y, x, pixels, group * s_.blocks, s_.blocks);
         m.epilogue = &e;
-        (s_.integer ? k_.int_gemm : k_.float_gemm)(m);
+        (s_.bytes ? k_.byte_gemm : s_.integer ? k_.int_gemm : k_.float_gemm)(m);
         continue;
       }
       m.out = part;
@@ -475,7 +495,7 @@ class RowRunner {
   std::vector<void*> many_;
 };
 
-// One image of a buffer, dense and without ring; bits as int16 integers.
+// One image of a buffer, dense and without ring; bits and bytes as int16 integers.
 void Unload(const Buffer& b, const char* image, char* out) {
   const int64_t channels = b.shape.channels;
   for (int64_t y = 0; y < b.shape.height; ++y) {
@@ -486,6 +506,10 @@ void Unload(const Buffer& b, const char* image, char* out) {
         int16_t* to = reinterpret_cast<int16_t*>(out);
         for (int64_t c = 0; c < channels; ++c) to[c] = (words[c / 32] >> (c % 32)) & 1 ? 1 : -1;
         out += channels * 2;
+      } else if (b.rep == Rep::kU8) {
+        int16_t* to = reinterpret_cast<int16_t*>(out);
+        for (int64_t c = 0; c < channels; ++c) to[c] = int16_t(uint8_t(at[c]) - b.zero[size_t(c)]);
+        out += channels * 2;
       } else {
         std::memcpy(out, at, size_t(channels * RepSize(b.rep)));
         out += channels * RepSize(b.rep);
@@ -495,7 +519,8 @@ void Unload(const Buffer& b, const char* image, char* out) {
 }
 
 int64_t DenseBytes(const Buffer& b) {
-  return b.shape.height * b.shape.width * b.shape.channels * (b.rep == Rep::kBits ? 2 : RepSize(b.rep));
+  return b.shape.height * b.shape.width * b.shape.channels *
+         (b.rep == Rep::kBits || b.rep == Rep::kU8 ? 2 : RepSize(b.rep));
 }
 
 }  // namespace

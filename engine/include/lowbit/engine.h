@@ -109,7 +109,7 @@ class Builder {
 // One fused step of a plan.
 struct StepInfo {
   std::string name;                 // the last node it computes
-  std::string kernel;               // bit_conv, int_gemm, code_sums, float_gemm, depthwise, pool, ...
+  std::string kernel;               // bit_conv, byte_gemm, int_gemm, code_sums, float_gemm, depthwise, pool, ...
   std::string isa;                  // the row whose kernel runs
   std::vector<std::string> nodes;   // every node it covers
   std::vector<std::string> values;  // the values it stores

@@ -22,6 +22,7 @@ enum class Rep : uint8_t {
   kI32,
   kF32,
   kF16,
+  kU8,  // integer codes or pixels plus what makes 0 of the lowest one
 };
 
 // --- 1-bit x 1-bit convolution of one run of output pixels of one row ---
@@ -51,18 +52,20 @@ struct BitConv {
 
 // --- matrix product: out[pixel][block * 16 + lane] = sum over r, k of a[pixel][r][k] * w[block][r][k][lane] ---
 // int_gemm: a is int16, k runs over pairs, w is int16 [block][r][pair][16][2], out is int32.
-// float_gemm: a, w [block][r][k][16] and out are float32; strictly sequential over r and k from +0, product rounded,
-// then sum rounded.
+// byte_gemm: a is uint8, k runs over groups of 4, w is int8 [block][r][group][16][4], out is int32 and begins at
+// `start`. float_gemm: a, w [block][r][k][16] and out are float32; strictly sequential over r and k from +0, product
+// rounded, then sum rounded.
 struct Gemm {
   const void* a;
   ptrdiff_t a_step;  // elements from pixel to pixel
   int pixels;
   int rows;            // of a window; their numbers lie side by side
   ptrdiff_t row_step;  // elements from row to row
-  int depth;           // of a row: number of pairs, or of floats
+  int depth;           // of a row: number of pairs, of groups of 4, or of floats
   const void* w;
   ptrdiff_t w_block;  // elements from block to block
   int blocks;
+  const int32_t* start;  // byte_gemm: one per filter
   // Where the results go: through an epilogue, as for bit_steps, or without one to `out`.
   const Epilogue* epilogue;
   void* out;
@@ -136,6 +139,9 @@ enum class Step : uint8_t {
   kStoreBits,  // bit = !(v < 0)
   kSignS16,    // v < 0 ? -1 : +1
   kQuantS16,   // clamp(rint(v * scale), low, high)
+  kStoreU8,    // v - low, v is an integer
+  kSignU8,     // v < 0 ? 0 : 2
+  kQuantU8,    // clamp(rint(v * scale), low, high) - low
   kThreshold,  // bit = (acc >= limit) xor flip, only from an int32 source, only step
 };
 
@@ -170,6 +176,7 @@ struct Kernels {
   void (*bit_threshold)(const BitConv&);
   void (*bit_steps)(const BitConv&);
   void (*int_gemm)(const Gemm&);
+  void (*byte_gemm)(const Gemm&);  // null where the CPU has nothing faster than int_gemm for it
   void (*float_gemm)(const Gemm&);
   void (*patches)(const Patches&);
   void (*depthwise)(const Window&);

@@ -59,6 +59,9 @@ inline F RoundStoreHalf(uint16_t* p, const F& x) {
 inline void StoreS16(int16_t* p, const F& x) {
   for (int i = 0; i < kLanes; ++i) p[i] = int16_t(std::lrint(x.v[i]));
 }
+inline void StoreU8(uint8_t* p, const F& x, int low) {
+  for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(std::lrint(x.v[i]) - low);
+}
 inline F RoundHalf(const F& x) {
   return Each([&](int i) { return HalfToFloat(FloatToHalf(x.v[i])); });
 }
@@ -125,6 +128,18 @@ inline Pairs LoadPairs(const int16_t* p) { return {p}; }
 inline I Dot(const I& sum, int32_t pair, Pairs w) {
   const int32_t low = int16_t(pair & 0xffff), high = int16_t(uint32_t(pair) >> 16);
   return EachI([&](int i) { return sum.v[i] + low * w.v[2 * i] + high * w.v[2 * i + 1]; });
+}
+
+#define LOWBIT_BYTE_DOT 1
+using Quads = const int8_t*;
+inline Quads LoadQuads(const int8_t* p) { return p; }
+inline const uint8_t* SpreadQuad(const uint8_t* p) { return p; }
+inline I DotBytes(const I& sum, const uint8_t* quad, Quads w) {
+  return EachI([&](int i) {
+    uint32_t total = uint32_t(sum.v[i]);  // may pass the ends of int32 on its way
+    for (int k = 0; k < 4; ++k) total += uint32_t(quad[k] * w[4 * i + k]);
+    return int32_t(total);
+  });
 }
 
 struct BitCount {

@@ -55,6 +55,12 @@ inline void StoreS16(int16_t* p, F x) {
   const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
   Store256(p, _mm256_permute4x64_epi64(packed, 0xd8));
 }
+inline void StoreU8(uint8_t* p, F x, int low) {
+  alignas(32) int32_t code[16];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(code), _mm256_cvtps_epi32(x.a));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(code + 8), _mm256_cvtps_epi32(x.b));
+  for (int i = 0; i < 16; ++i) p[i] = uint8_t(code[i] - low);
+}
 inline __m256 RoundHalf8(__m256 x) { return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
 inline F RoundHalf(F x) { return {RoundHalf8(x.a), RoundHalf8(x.b)}; }
 inline F Mul(F a, F b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
@@ -136,6 +142,7 @@ struct BitCount {
   I Total() const { return AddI(sum, {Lanes(bytes.a), Lanes(bytes.b)}); }
 };
 
+#define LOWBIT_BYTE_DOT 0  // its byte products saturate
 constexpr bool kBitUnroll3x3 = false;
 constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4;
 constexpr int BitPixels(int blocks) { return blocks == 1 ? 4 : 2; }

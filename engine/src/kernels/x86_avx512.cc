@@ -44,6 +44,10 @@ inline F RoundStoreHalf(uint16_t* p, F x) {
 inline void StoreS16(int16_t* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
 }
+inline void StoreU8(uint8_t* p, F x, int low) {
+  const __m512i code = _mm512_sub_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(low));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(code));
+}
 inline F RoundHalf(F x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 inline F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F Add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -84,6 +88,16 @@ inline uint64_t BelowZero(const I (&sums)[B]) {
 inline F ToFloat(I x) { return _mm512_cvtepi32_ps(x); }
 inline Pairs LoadPairs(const int16_t* p) { return _mm512_loadu_si512(p); }
 inline I Dot(I sum, int32_t pair, Pairs w) { return _mm512_dpwssd_epi32(sum, _mm512_set1_epi32(pair), w); }
+
+#define LOWBIT_BYTE_DOT 1
+using Quads = __m512i;
+inline Quads LoadQuads(const int8_t* p) { return _mm512_loadu_si512(p); }
+inline I SpreadQuad(const uint8_t* p) {
+  int32_t quad;
+  std::memcpy(&quad, p, sizeof quad);
+  return _mm512_set1_epi32(quad);
+}
+inline I DotBytes(I sum, I quad, Quads w) { return _mm512_dpbusd_epi32(sum, quad, w); }
 
 struct BitCount {
   using Weights = __m512i;
