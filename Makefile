@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help demo test test-long test-recipes lint format bench data clean install
 help:
-	@echo "make demo    train a 1-bit network on Fashion-MNIST, export it, prove it, time it (about 8 minutes on 2 cores)"
+	@echo "make demo    train a 1-bit network on Fashion-MNIST, export it, prove it, time it (5 to 10 minutes on 2 cores)"
 	@echo "make test    the test suite"
 	@echo "make test-long     kill training at twenty random moments and at each file that it writes, and resume it (about 15 minutes)"
 	@echo "make test-recipes  train the papers' networks two steps at full size, export and prove them (hours on 2 cores)"
