@@ -67,26 +67,30 @@ class Engine:
         self.meta: Mapping[str, Any] = graph.meta
         threads = max(-1, min(threads, 2**31 - 1))  # what the engine refuses, it names
         self._native = _engine.Engine(_build(graph), threads, isa)
+        # asked for at every call, and some networks take but microseconds
+        (read, self._input_shape), (written, self._output_shape) = self._native.input, self._native.output
+        self._input_dtype = np.dtype(np.uint8 if read == "codes" else np.float32)
+        self._output_dtype = np.dtype(_NUMPY[written])
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one input: (H, W, C) or (C,)."""
-        return self._native.input[1]
+        return self._input_shape
 
     @property
     def input_dtype(self) -> np.dtype[Any]:
         """uint8 or float32."""
-        return np.dtype(np.uint8 if self._native.input[0] == "codes" else np.float32)
+        return self._input_dtype
 
     @property
     def output_shape(self) -> tuple[int, ...]:
         """The shape of one output."""
-        return self._native.output[1]
+        return self._output_shape
 
     @property
     def output_dtype(self) -> np.dtype[Any]:
         """float32, float16, int32, or int16 for codes."""
-        return np.dtype(_NUMPY[self._native.output[0]])
+        return self._output_dtype
 
     @property
     def isa(self) -> str:
@@ -120,7 +124,7 @@ class Engine:
     def run(self, x: Array, trace: bool = False) -> Array | tuple[Array, dict[str, Array]]:
         """As a call; with `trace` also every value that the fused plan stores, by name, as the interpreter does."""
         batch, single = self._batch(x)
-        out = np.empty((len(batch), *self.output_shape), self.output_dtype)
+        out = np.empty((len(batch), *self._output_shape), self._output_dtype)
         stored = self._native.run(_bytes(batch), len(batch), _bytes(out), trace)
         result: Array = out[0] if single else out
         if not trace:
@@ -142,7 +146,9 @@ class Engine:
 
     def _batch(self, x: Array) -> tuple[Array, bool]:
         """`x` as a contiguous batch, and whether it was one input without the batch axis. Raises ValueError."""
-        shape, dtype = self.input_shape, self.input_dtype
+        shape, dtype = self._input_shape, self._input_dtype
+        if isinstance(x, np.ndarray) and x.dtype == dtype == np.uint8 and x.shape[1:] == shape and len(x):
+            return np.ascontiguousarray(x), False
         axes = "height, width, channels" if len(shape) == 3 else "features"
         want = f"expected {dtype} of shape (N, {', '.join(map(str, shape))}): images, {axes}"
         if not isinstance(x, np.ndarray):
