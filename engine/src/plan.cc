@@ -548,7 +548,9 @@ class Planner {
         if (s.bytes) {
           const int code = w.codes[size_t(o * k + i)];
           s.byte_weights[size_t(place)] = int8_t(code);
-          s.byte_start[size_t(f)] -= code * source.zero[size_t(i % channels)];
+          // As the sums that begin there, it may pass the ends of int32 on its way.
+          const uint32_t part = uint32_t(code) * source.zero[size_t(i % channels)];
+          s.byte_start[size_t(f)] = int32_t(uint32_t(s.byte_start[size_t(f)]) - part);
         } else if (s.integer) {
           s.int_weights[size_t(place)] = w.codes[size_t(o * k + i)];
         } else {
@@ -642,8 +644,6 @@ class Planner {
         base += s.blocks * kLanes;
       }
     }
-    s.tile_step = 4 * kLanes;
-    s.tile_pixels = int(std::min<int64_t>(std::max<int64_t>(n.type.shape.width, 16), kTileBytes / (s.tile_step * 4)));
   }
 
   // Replaces {float steps, one store of sign bits} behind an integer convolution by one compare, where every channel

@@ -172,10 +172,8 @@ class RowRunner {
     return many_.data();
   }
 
-  void Finish(const void* tile, int64_t tile_step, int64_t image, int64_t y, int64_t x, int64_t pixels,
-              int64_t first_block = 0, int64_t blocks = 0) {
-    const int64_t all = RoundUp(s_.shape.channels, kLanes) / kLanes;
-    Epilogue e = EpilogueAt(image, y, x, pixels, first_block, blocks ? blocks : all);
+  void Finish(const void* tile, int64_t tile_step, int64_t image, int64_t y, int64_t x, int64_t pixels) {
+    Epilogue e = EpilogueAt(image, y, x, pixels, 0, RoundUp(s_.shape.channels, kLanes) / kLanes);
     e.src = tile;
     e.src_step = tile_step;
     k_.epilogue(e);
@@ -213,7 +211,7 @@ class RowRunner {
     const Geometry& g = n_.geometry;
     const int64_t group_blocks = s_.blocks / n_.groups, group_words = b.pixel / n_.groups;
     const bool thresholds = s_.threshold && s_.epilogue.empty();
-    const int64_t piece = s_.batch_is_row ? s_.tile_pixels : x1 - x0;
+    const int64_t piece = s_.batch_is_row ? Piece(s_) : x1 - x0;
     BitConv c{};
     c.taps = s_.taps.data();
     c.depth = int(s_.depth);

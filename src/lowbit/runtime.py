@@ -144,27 +144,27 @@ class Engine:
         runs = [self._native.profile(_bytes(batch), len(batch), _bytes(out)) for _ in range(repeats + 1)]
         return [median(times) for times in zip(*runs[1:], strict=True)]
 
+    def _wanted(self) -> str:
+        axes = "height, width, channels" if len(self._input_shape) == 3 else "features"
+        return f"expected {self._input_dtype} of shape (N, {', '.join(map(str, self._input_shape))}): images, {axes}"
+
     def _batch(self, x: Array) -> tuple[Array, bool]:
         """`x` as a contiguous batch, and whether it was one input without the batch axis. Raises ValueError."""
         shape, dtype = self._input_shape, self._input_dtype
-        if isinstance(x, np.ndarray) and x.dtype == dtype == np.uint8 and x.shape[1:] == shape and len(x):
-            return np.ascontiguousarray(x), False
-        axes = "height, width, channels" if len(shape) == 3 else "features"
-        want = f"expected {dtype} of shape (N, {', '.join(map(str, shape))}): images, {axes}"
         if not isinstance(x, np.ndarray):
-            raise ValueError(f"{want}; got a {type(x).__name__}, not a NumPy array")
+            raise ValueError(f"{self._wanted()}; got a {type(x).__name__}, not a NumPy array")
         if x.dtype != dtype:
-            raise ValueError(f"{want}; got {x.dtype} of shape {x.shape}")
+            raise ValueError(f"{self._wanted()}; got {x.dtype} of shape {x.shape}")
         single = x.shape == shape
         if not single and (x.ndim != len(shape) + 1 or x.shape[1:] != shape):
             hint = ""
             if len(shape) == 3 and x.shape[-3:] == (shape[2], shape[0], shape[1]):
                 order = (1, 2, 0) if x.ndim == 3 else (0, 2, 3, 1)
                 hint = f", which is channels first (NCHW); give channels last: x.transpose{order}"
-            raise ValueError(f"{want}; got {x.dtype} of shape {x.shape}{hint}")
+            raise ValueError(f"{self._wanted()}; got {x.dtype} of shape {x.shape}{hint}")
         batch = x[None] if single else x
         if len(batch) == 0:
-            raise ValueError(f"{want}; got an empty batch, shape {x.shape}")
+            raise ValueError(f"{self._wanted()}; got an empty batch, shape {x.shape}")
         if dtype == np.float32 and not np.isfinite(batch).all():
             raise ValueError("the input holds infinities or NaN")
         return np.ascontiguousarray(batch), single
