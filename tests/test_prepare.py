@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from lowbit.train import (
     FlipCounter,
+    HardBatchNorm1d,
+    HardBatchNorm2d,
     Pixels,
     QuantConv2d,
     QuantLinear,
@@ -414,9 +417,67 @@ def test_state_batchnorm_keeps_two_statistics() -> None:
     model.eval()
     y = model.blocks[0].conv(torch.randn(2, 8, 8, 8))
     expected = F.batch_norm(y, bn.hard_mean, bn.hard_var, bn.weight, bn.bias, False, 0.1, bn.eps)
+    torch.testing.assert_close(bn(y), expected)
+    set_hard(model, False)
+    expected = F.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.1, bn.eps)
     assert torch.equal(bn(y), expected)
     with pytest.raises(ValueError, match="state_batchnorm=True"):
         update_state_batchnorm(net(), images())
+
+
+@pytest.mark.parametrize("kind", [HardBatchNorm1d, HardBatchNorm2d, StateBatchNorm1d, StateBatchNorm2d])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_hard_norm_rounds_twice(kind, affine: bool) -> None:
+    """Against the definition in NumPy, bit for bit; PyTorch's evaluation, which rounds once, differs."""
+    g = torch.Generator().manual_seed(0)
+    one = kind.__name__.endswith("1d")
+    plain = (nn.BatchNorm1d if one else nn.BatchNorm2d)(6, eps=1e-3, affine=affine)
+    shape = (500, 6) if one else (20, 6, 7, 5)
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.copy_(torch.randn(6, generator=g))
+        plain(torch.randn(shape, generator=g) * 3 + 1)
+    norm = kind(plain).eval()
+    x = torch.randn(shape, generator=g, requires_grad=True)
+    w = plain.weight.detach().double().numpy() if affine else np.ones(6)
+    b = plain.bias.detach().double().numpy() if affine else np.zeros(6)
+    mean, var = plain.running_mean.double().numpy(), plain.running_var.double().numpy()
+    factor = w / np.sqrt(var + plain.eps)
+    view = (6,) if one else (6, 1, 1)
+    expected = x.detach().numpy() * factor.astype(np.float32).reshape(view)
+    expected += (b - mean * factor).astype(np.float32).reshape(view)
+    y = norm(x)
+    assert np.array_equal(y.detach().numpy().view(np.int32), expected.view(np.int32))
+    fused = plain.eval()(x)
+    assert not torch.equal(fused, y)
+    torch.testing.assert_close(fused, y)
+    # frozen statistics in a network that trains: the gradient is PyTorch's
+    weight = torch.randn(shape, generator=g)
+    inputs = [x, *plain.parameters()]
+    theirs = torch.autograd.grad((fused * weight).sum(), inputs)
+    ours = torch.autograd.grad((y * weight).sum(), [x, *norm.parameters()])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+    if not one:
+        assert norm(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(copy.deepcopy(norm)(x), y)
+    other = kind((nn.BatchNorm1d if one else nn.BatchNorm2d)(6, eps=1e-3, affine=affine)).eval()
+    other.load_state_dict(norm.state_dict())
+    assert torch.equal(other(x), y)
+    if "State" not in kind.__name__:
+        assert norm.state_dict().keys() == plain.state_dict().keys()  # checkpoints of either fit the other
+
+
+def test_prepare_replaces_the_norms_it_knows() -> None:
+    class Mine(nn.BatchNorm2d):
+        pass
+
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Mine(3), nn.BatchNorm2d(3, track_running_stats=False))
+    net[1].weight.requires_grad_(False)
+    model = prepare(net.eval())
+    assert [type(m) for m in model][1:] == [HardBatchNorm2d, Mine, nn.BatchNorm2d]
+    assert (model[1].hard, model[1].training, model[1].weight.requires_grad) == (True, False, False)
+    assert prepare(net.train())[1].hard is False
 
 
 def test_state_batchnorm_takes_the_place_of_any_norm() -> None:

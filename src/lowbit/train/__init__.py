@@ -1,6 +1,13 @@
 """Training: low-bit layers for any nn.Module, and the way from there to a Graph. Needs the extra ``lowbit[train]``."""
 
-from lowbit.train.batchnorm import StateBatchNorm1d, StateBatchNorm2d, calibrate_batchnorm, update_state_batchnorm
+from lowbit.train.batchnorm import (
+    HardBatchNorm1d,
+    HardBatchNorm2d,
+    StateBatchNorm1d,
+    StateBatchNorm2d,
+    calibrate_batchnorm,
+    update_state_batchnorm,
+)
 from lowbit.train.freeze import FreezeError, freeze
 from lowbit.train.layers import Pixels, QuantConv2d, QuantLinear, Residual, set_hard
 from lowbit.train.prepare import FlipCounter, auxiliary_loss, parameter_groups, prepare, weight_statistics
@@ -9,6 +16,8 @@ from lowbit.train.schedule import Schedule, published_growth
 __all__ = [
     "FlipCounter",
     "FreezeError",
+    "HardBatchNorm1d",
+    "HardBatchNorm2d",
     "Pixels",
     "QuantConv2d",
     "QuantLinear",

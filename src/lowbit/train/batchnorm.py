@@ -1,4 +1,4 @@
-"""Batch-norm statistics of the hard network: calibration, and the two-statistics state batch norm.
+"""Batch norms of the hard network: evaluation as the Graph does it, calibration, and the two-statistics state batch norm.
 
 The statistics of W_c * x (training) and W_q * x (inference) differ, so a network trained with W_c and run with W_q is off
 (SLB, 2009.08695). Calibration re-measures them with hard weights; `StateBatchNorm1d` and `StateBatchNorm2d` keep both.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,47 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lowbit.train.layers import constant_weights, set_hard
 
 
-class _StateBatchNorm(_BatchNorm):
+class _HardBatchNorm(_BatchNorm):
+    """Batch normalisation that evaluates as the Graph does: ``y = x * a + b``, the product and the sum rounded to float32 each.
+
+    With a = float32(weight / sqrt(var + eps)) and b = float32(bias - mean * weight / sqrt(var + eps)), per channel, both
+    computed in float64. PyTorch's own evaluation fuses the two, so that a threshold right on a number falls to the other side.
+    Training mode, and evaluation with `hard` off, are PyTorch's. `prepare` puts it in the place of every BatchNorm1d and 2d.
+
+    Args:
+        like: the norm it takes the place of, with running statistics.
+    """
+
+    def __init__(self, like: _BatchNorm) -> None:
+        assert like.running_mean is not None
+        device, dtype = like.running_mean.device, like.running_mean.dtype
+        super().__init__(like.num_features, like.eps, like.momentum, like.affine, device=device, dtype=dtype)
+        self.load_state_dict(like.state_dict())
+        for name, parameter in like.named_parameters():
+            self.get_parameter(name).requires_grad_(parameter.requires_grad)
+        self.hard = False
+        self.train(like.training)
+
+    def train(self, mode: bool = True) -> Self:
+        self.hard = not mode
+        return super().train(mode)
+
+    def hard_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance that the hard network is evaluated with: the buffers themselves."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        return self.running_mean, self.running_var
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or not self.hard:
+            return super().forward(x)
+        self._check_input_dim(x)  # type: ignore[no-untyped-call]
+        factor, term = fold(*self.hard_statistics(), self.weight, self.bias, self.eps)
+        y: Tensor = torch.ops.lowbit.affine(x, factor.float(), term.float())
+        return y
+
+
+class _StateBatchNorm(_HardBatchNorm):
     """State batch normalisation: two sets of running statistics, one affine (SLB, 2009.08695).
 
     ``running_mean, running_var`` follow the soft network, ``hard_mean, hard_var`` the hard one. Which set a forward pass
@@ -32,27 +72,28 @@ class _StateBatchNorm(_BatchNorm):
     hard_var: Tensor
 
     def __init__(self, like: _BatchNorm) -> None:
-        mean, var = like.running_mean, like.running_var
-        assert mean is not None
-        assert var is not None
-        super().__init__(like.num_features, like.eps, like.momentum, like.affine, device=mean.device, dtype=mean.dtype)
-        self.load_state_dict(like.state_dict())
-        for name, parameter in like.named_parameters():
-            self.get_parameter(name).requires_grad_(parameter.requires_grad)
+        super().__init__(like)
+        mean, var = super().hard_statistics()
         self.register_buffer("hard_mean", mean.clone())
         self.register_buffer("hard_var", var.clone())
-        self.hard = False
 
-    def train(self, mode: bool = True) -> Self:
-        self.hard = not mode
-        return super().train(mode)
+    def hard_statistics(self) -> tuple[Tensor, Tensor]:
+        return self.hard_mean, self.hard_var
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.hard:
+        if not (self.hard and self.training):
             return super().forward(x)
         self._check_input_dim(x)  # type: ignore[no-untyped-call]
         momentum = 0.1 if self.momentum is None else self.momentum
-        return F.batch_norm(x, self.hard_mean, self.hard_var, self.weight, self.bias, self.training, momentum, self.eps)
+        return F.batch_norm(x, self.hard_mean, self.hard_var, self.weight, self.bias, True, momentum, self.eps)
+
+
+class HardBatchNorm1d(_HardBatchNorm, nn.BatchNorm1d):
+    __doc__ = _HardBatchNorm.__doc__
+
+
+class HardBatchNorm2d(_HardBatchNorm, nn.BatchNorm2d):
+    __doc__ = _HardBatchNorm.__doc__
 
 
 class StateBatchNorm1d(_StateBatchNorm, nn.BatchNorm1d):
@@ -61,6 +102,14 @@ class StateBatchNorm1d(_StateBatchNorm, nn.BatchNorm1d):
 
 class StateBatchNorm2d(_StateBatchNorm, nn.BatchNorm2d):
     __doc__ = _StateBatchNorm.__doc__
+
+
+def hard_batchnorm(norm: _BatchNorm) -> _BatchNorm:
+    """The norm that evaluates as the Graph does, in the place of a BatchNorm1d or BatchNorm2d; any other norm as it is."""
+    for kind, hard in ((nn.BatchNorm1d, HardBatchNorm1d), (nn.BatchNorm2d, HardBatchNorm2d)):
+        if type(norm) is kind and norm.running_mean is not None:
+            return hard(norm)
+    return norm
 
 
 def state_batchnorm(norm: _BatchNorm) -> _BatchNorm:
@@ -74,6 +123,40 @@ def state_batchnorm(norm: _BatchNorm) -> _BatchNorm:
             return state(norm)
     what = type(norm).__name__ + (" without running statistics" if norm.running_mean is None else "")
     raise ValueError(f"state_batchnorm replaces BatchNorm1d and BatchNorm2d with running statistics, not {what}")
+
+
+def fold(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Factor and term of a batch norm in evaluation, float64 (C,): ``(x - mean) / sqrt(var + eps) * weight + bias``."""
+    factor = 1 / torch.sqrt(var.double() + eps) if weight is None else weight.double() / torch.sqrt(var.double() + eps)
+    term = -mean.double() * factor
+    return factor, term if bias is None else bias.double() + term
+
+
+@torch.library.custom_op("lowbit::affine", mutates_args=())
+def _affine(x: Tensor, factor: Tensor, term: Tensor) -> Tensor:
+    # an op of its own: a compiler would fuse the two
+    dtype, shape = torch.promote_types(x.dtype, torch.float32), (-1, *[1] * (x.ndim - 2))
+    return (x.to(dtype) * factor.view(shape)).add_(term.view(shape)).to(x.dtype)
+
+
+@_affine.register_fake
+def _(x: Tensor, *_constants: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save_affine(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For those who train with a norm in evaluation mode, its statistics frozen."""
+    x, factor = ctx.saved_tensors
+    shape, rest = (-1, *[1] * (x.ndim - 2)), [d for d in range(x.ndim) if d != 1]
+    wide = grad.float()
+    return (wide * factor.view(shape)).to(x.dtype), (wide * x).sum(rest), wide.sum(rest)
+
+
+_affine.register_autograd(_affine_backward, setup_context=_save_affine)
 
 
 def _norms(model: nn.Module) -> list[_BatchNorm]:
@@ -180,8 +263,8 @@ def _with_variance(batches: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
 
 
 def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    if isinstance(norm, _StateBatchNorm):
-        return norm.hard_mean, norm.hard_var
+    if isinstance(norm, _HardBatchNorm):
+        return norm.hard_statistics()
     assert norm.running_mean is not None
     assert norm.running_var is not None
     return norm.running_mean, norm.running_var

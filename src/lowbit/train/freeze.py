@@ -1,8 +1,8 @@
 """freeze: a prepared network in evaluation -> Graph. Reads torch.export, so it knows no module but the quantized layers.
 
 A quantized layer is one `lowbit::` op in the exported graph, beside plain aten ops. Whatever does not depend on the input is computed to a
-constant; batch norm is folded into the factor and term behind the accumulator; everything else becomes the float steps of
-docs/OPS.md in the order in which the network computes them. What can't be represented is refused with the layer's name.
+constant; everything else, batch norm and a layer's scale as well, becomes the float steps of docs/OPS.md in the order in
+which the network computes them. What can't be represented is refused with the layer's name.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from lowbit import graph as lg
 from lowbit.bits import Codes
+from lowbit.train.batchnorm import fold
 from lowbit.train.layers import QuantLayer, constant_weights
 from lowbit.train.quantizers import ActivationQuantizer
 
@@ -118,17 +119,16 @@ def to_numpy(x: Tensor) -> np.ndarray[Any, Any]:
 
 @dataclass(eq=False)
 class _Value:
-    """A value of the Graph under construction: its node's name, and the factor and term that are still to be applied to it.
+    """A value of the Graph under construction: its node's name.
 
-    `factor` is float64 and None for 1 (only float values may do without); `order` is set behind a flatten: element n of
-    the Graph's vector is element order[n] of the network's, because the Graph flattens H, W, C and PyTorch C, H, W.
+    `integer`: the accumulators of a layer of scale 1, `label`. Whatever multiplies may take them; everything else needs a `mul` by 1.
+    `order` is set behind a flatten: element n of the Graph's vector is element order[n] of the network's, because the
+    Graph flattens H, W, C and PyTorch C, H, W.
     """
 
     name: str
     integer: bool = False
     codes: bool = False
-    factor: np.ndarray[Any, Any] | None = None
-    term: np.ndarray[Any, Any] | None = None
     label: str = ""
     order: np.ndarray[Any, Any] | None = None
 
@@ -300,18 +300,26 @@ class _Freezer:
         return self._flush(found)
 
     def _flush(self, v: _Value) -> _Value:
-        if v.factor is None and v.term is None:
+        if not v.integer:
             return v
-        if v in self.flushed:
-            return self.flushed[v]
-        name = v.name
-        if v.factor is not None:
-            name = self._emit("mul", f"{v.label}.mul", (name,), {"factor": self._per_channel(v.factor, v.label)})
-        if v.term is not None:
-            name = self._emit("add", f"{v.label}.add", (name,), {"term": self._per_channel(v.term, v.label)})
-        done = _Value(name, order=v.order)
-        self.flushed[v] = done
-        return done
+        if v not in self.flushed:
+            self.flushed[v] = self.times(v, np.ones(1), v.label)
+        return self.flushed[v]
+
+    def times(self, v: _Value, factor: np.ndarray[Any, Any], label: str) -> _Value:
+        factor = factor if v.order is None else _reorder(factor, v.order)
+        params = {"factor": self._per_channel(factor, label)}
+        return _Value(self._emit("mul", f"{label}.mul", (v.name,), params), order=v.order)
+
+    def plus(self, v: _Value, term: np.ndarray[Any, Any], label: str) -> _Value:
+        term = term if v.order is None else _reorder(term, v.order)
+        params = {"term": self._per_channel(term, label)}
+        return _Value(self._emit("add", f"{label}.add", (v.name,), params), order=v.order)
+
+    def multiplicand(self, node: Any, at: FxNode) -> _Value:
+        """The value of an input for whatever multiplies it: by 1 first would change nothing."""
+        found = self.env.get(node)
+        return found if isinstance(found, _Value) and found.integer else self.value(node, at)
 
     def _per_channel(self, x: np.ndarray[Any, Any], label: str) -> lg.Tensor:
         x = np.atleast_1d(x)
@@ -320,17 +328,8 @@ class _Freezer:
         with np.errstate(over="ignore"):
             data = x.astype(np.float32)
         if not np.isfinite(data).all():
-            raise FreezeError(f"{label}: a folded constant is beyond float32: training has diverged")
+            raise FreezeError(f"{label}: a constant is beyond float32: training has diverged")
         return lg.Tensor(data)
-
-    def affine(self, v: _Value, factor: np.ndarray[Any, Any], term: np.ndarray[Any, Any] | None, label: str) -> _Value:
-        """v * factor + term, merged in float64 with what v still has to apply."""
-        if v.order is not None:
-            factor, term = _reorder(factor, v.order), None if term is None else _reorder(term, v.order)
-        total = factor if v.factor is None else v.factor * factor
-        if v.term is not None:
-            term = v.term * factor + (0.0 if term is None else term)
-        return _Value(v.name, v.integer, v.codes, total, term, label, v.order)
 
     def step(
         self,
@@ -456,10 +455,12 @@ def _quantize(f: _Freezer, node: FxNode) -> _Value:
     return f.quantized[key]
 
 
-def _after_product(f: _Freezer, node: FxNode, name: str, integer: bool, scale: Any, bias: Any) -> _Value:
-    factor = None if scale is None else _array(f.constant(scale, node)).reshape(-1)
-    term = None if bias is None else _array(f.constant(bias, node))
-    return _Value(name, integer=integer, factor=factor, term=term, label=_label(node))
+def _after_product(f: _Freezer, node: FxNode, v: _Value, scale: Any, bias: Any) -> _Value:
+    v.label = _label(node)
+    factor = np.ones(1) if scale is None else _array(f.constant(scale, node)).reshape(-1)
+    if (factor != 1).any():
+        v = f.times(v, factor, v.label)
+    return v if bias is None else f.plus(f._flush(v), _array(f.constant(bias, node)), _label(node))
 
 
 def _offsets(f: _Freezer, node: FxNode, given: Sequence[FxNode | None]) -> dict[str, lg.Tensor]:
@@ -475,9 +476,9 @@ def _lowbit_conv2d(f: _Freezer, node: FxNode) -> _Value:
     v = f.env[x] if f.env[x].codes else f.value(x, node)
     encoded, kind = layer.encode(), _weight_type(layer, node)
     attrs = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups}
-    params = {"weight": _weight(encoded.codes, kind), **_offsets(f, node, node.args[9:])}
-    name = f._emit("conv2d", _label(node), (v.name,), params, attrs)
-    return _after_product(f, node, name, v.codes and kind is not None, scale, bias)
+    offsets = _offsets(f, node, node.args[9:])
+    name = f._emit("conv2d", _label(node), (v.name,), {"weight": _weight(encoded.codes, kind), **offsets}, attrs)
+    return _after_product(f, node, _Value(name, integer=v.codes and kind is not None and not offsets), scale, bias)
 
 
 @_handles(torch.ops.lowbit.linear.default)
@@ -487,9 +488,9 @@ def _lowbit_linear(f: _Freezer, node: FxNode) -> _Value:
     v = f.env[x] if f.env[x].codes else f.value(x, node)
     encoded, kind = layer.encode(), _weight_type(layer, node)
     codes = encoded.codes if v.order is None else encoded.codes[:, torch.from_numpy(v.order)]
-    params = {"weight": _weight(codes, kind), **_offsets(f, node, node.args[5:])}
-    name = f._emit("linear", _label(node), (v.name,), params)
-    return _after_product(f, node, name, v.codes and kind is not None, scale, bias)
+    offsets = _offsets(f, node, node.args[5:])
+    name = f._emit("linear", _label(node), (v.name,), {"weight": _weight(codes, kind), **offsets})
+    return _after_product(f, node, _Value(name, integer=v.codes and kind is not None and not offsets), scale, bias)
 
 
 @_handles(aten.conv2d.default, aten.conv2d.padding, aten.convolution.default)
@@ -518,7 +519,7 @@ def _float_conv2d(f: _Freezer, node: FxNode) -> _Value:
     v = f.value(x, node)
     attrs = {"stride": pair[0], "padding": pads, "dilation": pair[1], "groups": groups}
     name = f._emit("conv2d", _label(node), (v.name,), {"weight": _weight(weight, None)}, attrs)
-    return _after_product(f, node, name, False, None, bias)
+    return _after_product(f, node, _Value(name), None, bias)
 
 
 @_handles(aten.linear.default)
@@ -530,7 +531,7 @@ def _float_linear(f: _Freezer, node: FxNode) -> _Value:
     if v.order is not None:
         weight = weight[:, torch.from_numpy(v.order)]
     name = f._emit("linear", _label(node), (v.name,), {"weight": _weight(weight, None)})
-    return _after_product(f, node, name, False, None, node.args[2] if len(node.args) > 2 else None)
+    return _after_product(f, node, _Value(name), None, node.args[2] if len(node.args) > 2 else None)
 
 
 @_handles(aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
@@ -542,14 +543,21 @@ def _batch_norm(f: _Freezer, node: FxNode) -> Any:
     if mean is None or var is None:
         raise f._refuse(node, "a batch norm without running statistics depends on the batch")
     eps = float(node.args[7] if plain else node.args[6])
-    m, s = _array(f.constant(mean, node)), _array(f.constant(var, node))
-    g = np.ones_like(m) if gamma is None else _array(f.constant(gamma, node))
-    b = np.zeros_like(m) if beta is None else _array(f.constant(beta, node))
-    factor = g / np.sqrt(s + eps)
-    source = f.env[x]
-    v = source if source.integer or source.factor is not None or source.term is not None else f.value(x, node)
-    out = f.affine(v, factor, b - m * factor, _label(node))
+    weight, bias = (None if x is None else f.constant(x, node) for x in (gamma, beta))
+    folded = fold(f.constant(mean, node), f.constant(var, node), weight, bias, eps)
+    out = _scaled_and_shifted(f, node, x, *folded)
     return out if plain else (out,)
+
+
+@_handles(torch.ops.lowbit.affine.default)
+def _affine(f: _Freezer, node: FxNode) -> _Value:
+    x, factor, term = node.args
+    return _scaled_and_shifted(f, node, x, f.constant(factor, node), f.constant(term, node))
+
+
+def _scaled_and_shifted(f: _Freezer, node: FxNode, x: FxNode, factor: Tensor, term: Tensor) -> _Value:
+    v, label = f.multiplicand(x, node), _label(node)
+    return f.plus(f.times(v, _array(factor), label), _array(term), label)
 
 
 @_handles(operator.getitem)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lowbit.train.batchnorm import hard_batchnorm
 from lowbit.train.batchnorm import state_batchnorm as state_norm
 from lowbit.train.layers import PixelInput, Pixels, QuantConv2d, QuantLayer, QuantLinear, Residual, quantized_layers
 from lowbit.train.quantizers import ACTIVATIONS, WEIGHTS, ActivationQuantizer, WeightQuantizer
@@ -115,12 +116,11 @@ def prepare(
             model = _swap(model, layer, new)
     if image is not None and not isinstance(getattr(_find(model, first), "input_quantizer", None), PixelInput):
         raise ValueError(f"image= needs the first layer, {first!r}, to be prepared, but it is skipped")
-    if state_batchnorm:
-        for name, norm in [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]:
-            try:
-                model = _swap(model, norm, state_norm(norm))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+    for name, norm in [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]:
+        try:
+            model = _swap(model, norm, (state_norm if state_batchnorm else hard_batchnorm)(norm))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     _set_residual_dtype(model, residual_dtype)
     model.train(model.training)  # so that the hard flags follow
     return model
