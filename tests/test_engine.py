@@ -214,6 +214,48 @@ def test_float16_conversions_of_every_half() -> None:
         assert not difference(load(graph, isa=isa), x, output, values)
 
 
+# --- products by tables ---
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "channels", "filters", "attrs"),
+    [
+        (Codes("unsigned", 2), Codes("bipolar", 1), 64, 64, {}),
+        (Codes("unsigned", 4), Codes("bipolar", 1), 512, 192, {}),  # sums beyond 16 bits
+        (Codes("unsigned", 4), Codes("bipolar", 2), 130, 256, {"stride": (2, 2)}),
+        (Codes("unsigned", 1), Codes("bipolar", 1), 301, 512, {"kernel": (1, 1), "padding": (0,) * 4}),
+        (Codes("unsigned", 3), Codes("signed", 2), 61, 129, {"kernel": (5, 5), "padding": (2, 1, 2, 0)}),
+        (Codes("signed", 4), Codes("bipolar", 2), 48, 256, {"dilation": (2, 1)}),
+        (Codes("unsigned", 3), Codes("bipolar", 1), 31, 320, {"kernel": (2, 7), "padding": (1, 3, 0, 3)}),
+        (Codes("bipolar", 1), Codes("signed", 2), 97, 97, {"stride": (1, 3)}),
+    ],
+)
+@pytest.mark.parametrize("extreme", [False, True])
+def test_tables(x: Codes, w: Codes, channels: int, filters: int, attrs: dict[str, object], extreme: bool) -> None:
+    rng = np.random.default_rng(SEED)
+    graph = one_product(rng, x, w, 9, channels, filters, "", **{"padding": (1, 1, 1, 1), **attrs})
+    if extreme:  # every code the largest, every filter all of one weight
+        first = np.resize(w.values, filters).reshape(-1, *[1] * 3)
+        tensors = {**graph.tensors, "w": Tensor(np.broadcast_to(first, graph.tensors["w"].data.shape), w)}
+        graph = Graph(graph.nodes, tensors)
+    graph = Graph(
+        (*graph.nodes[:3], Node("mul", "m", ("c",), {"factor": "f"}), Node("output", "y", ("m",))),
+        {"w": graph.tensors["w"], "f": Tensor(np.ones(1))},
+    )
+    batch = rng.normal(size=(3, 9, 9, channels)) * x.high if not extreme else np.full((3, 9, 9, channels), 99.0)
+    batch = batch.astype(np.float32)
+    output, values = run(graph, batch, trace=True)
+    for isa in AVAILABLE:
+        engine = load(graph, isa=isa)
+        kernels = [step["kernel"] for step in engine.plan]
+        assert ("table_conv" in kernels) == (isa == "avx512"), kernels
+        assert not difference(engine, batch, output, values)
+        if CORES > 1:
+            shared = load(graph, threads=2, isa=isa)
+            shared._native._debug_always_share()
+            assert not difference(shared, batch, output, values)
+
+
 # --- code offsets ---
 
 

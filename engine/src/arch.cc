@@ -51,6 +51,7 @@ uint32_t CpuFeatures() {
     features |= kCpuAvx512;
     if (c & (1u << 14)) features |= kCpuVpopcntdq;
     if (c & (1u << 11)) features |= kCpuVnni;
+    if (c & (1u << 1)) features |= kCpuVbmi;
   }
   return features;
 #else

@@ -23,6 +23,7 @@ enum : uint32_t {
   kCpuAvx512 = 1 << 2,  // F, BW, DQ and VL
   kCpuVpopcntdq = 1 << 3,
   kCpuVnni = 1 << 4,
+  kCpuVbmi = 1 << 5,
 };
 
 // Features of this CPU that the operating system lets us use (cpuid and xgetbv).

@@ -60,6 +60,7 @@ enum class Producer : uint8_t {
   kInput,
   kBitConv,
   kGemm,
+  kTableConv,
   kDepthwise,
   kCodeSums,
   kPool,
@@ -96,7 +97,17 @@ struct PlanStep {
   Aligned<uint32_t> bit_weights;
   Aligned<int16_t> int_weights;
   Aligned<int8_t> byte_weights;
+  Aligned<uint8_t> table_weights;
   Aligned<int32_t> byte_start;  // what sums of bytes begin at: takes the zeros' part away
+
+  // convolutions by tables. `blocks` counts sets of 64 filters, `depth` input rows that a window reaches over, `rows`
+  // the rows of a window, or its taps where these are taken one by one
+  int table_groups = 0;   // tables of a pixel
+  int table_columns = 0;  // pixels of an input row that windows reach
+  int table_taps = 0;     // of a row
+  int together = 0, planes = 0, shift = 0;
+  int32_t each = 0;          // what every byte of a window adds to the sum, beside what the weight bits pick
+  int64_t rows_at_once = 0;  // of those whose sums fit 16 bits
   Aligned<float> float_weights;
   Aligned<int32_t> depth_weights;
 

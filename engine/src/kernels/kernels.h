@@ -72,6 +72,44 @@ struct Gemm {
   ptrdiff_t out_step;  // elements from pixel to pixel
 };
 
+// --- weights of 1 or 2 bits by small codes, by tables ---
+// A table is 64 bytes: for six neighbouring channels of a pixel, the sum of the bytes of every subset of them. Six
+// weight bits of a filter pick one, and one instruction looks up 64 filters.
+constexpr int kTableChannels = 6, kTableBytes = 64, kTableFilters = 64;
+
+struct Tables {
+  const uint8_t* src;    // the first pixel's channels
+  ptrdiff_t pixel_step;  // bytes
+  int pixels;
+  int channels;
+  int groups;       // of six channels, the last one filled up
+  uint8_t* tables;  // [pixel][group][64]
+  int32_t* sums;    // of each pixel's channels
+};
+
+// acc[pixel][filter] = 2^shift * (sum over planes k and all taps and groups of 2^k * what the filter's six bits pick) +
+// offset[pixel] + start[filter]; with `more`, what is in `acc` takes the place of offset and start.
+struct TableConv {
+  const uint8_t* const* rows;  // of a window: the tables of the first pixel's first tap
+  int row_count;
+  int taps;  // of a row: 1 or 3
+  ptrdiff_t tap_step;
+  int groups;
+  int together;          // sums of so many lookups, 2 or more, fit a byte; all of them fit 16 bits
+  ptrdiff_t pixel_step;  // bytes
+  int pixels;
+  const uint8_t* w;  // [row][group][tap][plane][64]
+  int planes;        // 1 or 2; with 2, one set
+  int sets;          // 1 or 2 sets of 64 filters
+  ptrdiff_t set_step;
+  int shift;
+  bool more;
+  const int32_t* offset;
+  const int32_t* start;
+  int32_t* acc;  // [pixel][set * 64 + filter]
+  ptrdiff_t acc_step;
+};
+
 // --- im2col: the patches under `pixels` output positions of one row, in the order (kernel row, kernel column, channel)
 // --- Source kS16 -> int16 or float32; kF32, kF16 -> float32. Padded positions become 0. `dst_step` >= rows * cols *
 // channels; elements between that and `fill` are set to 0.
@@ -178,6 +216,8 @@ struct Kernels {
   void (*int_gemm)(const Gemm&);
   void (*byte_gemm)(const Gemm&);  // null where the CPU has nothing faster than int_gemm for it
   void (*float_gemm)(const Gemm&);
+  void (*tables)(const Tables&);  // these two are null where nothing looks up 64 bytes at once
+  void (*table_conv)(const TableConv&);
   void (*patches)(const Patches&);
   void (*depthwise)(const Window&);
   void (*code_sums)(const CodeSums&);

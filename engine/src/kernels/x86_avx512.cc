@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL) with VPOPCNTDQ and VNNI: one vector is a whole block.
+// AVX-512 (F, BW, DQ, VL) with VPOPCNTDQ, VNNI and VBMI: one vector is a whole block.
 #include "arch.h"
 
 #if LOWBIT_X86
@@ -15,7 +15,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vnni,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vnni,avx512vbmi,f16c")
 
 namespace lowbit {
 namespace {
@@ -98,6 +98,54 @@ inline I SpreadQuad(const uint8_t* p) {
   return _mm512_set1_epi32(quad);
 }
 inline I DotBytes(I sum, I quad, Quads w) { return _mm512_dpbusd_epi32(sum, quad, w); }
+
+#define LOWBIT_TABLES 1
+using Bytes = __m512i;
+inline Bytes LoadBytes(const void* p) { return _mm512_loadu_si512(p); }
+inline void StoreBytes(void* p, Bytes x) { _mm512_storeu_si512(p, x); }
+inline Bytes KeepBytes(Bytes x) {  // in a register: as an operand in memory it would be loaded for each use
+  __asm__("" : "+v"(x));
+  return x;
+}
+inline Bytes RepeatEight(const uint8_t* p) {
+  __m512i out;
+  __asm__("vpbroadcastq %1, %0" : "=v"(out) : "m"(*reinterpret_cast<const uint64_t(*)[1]>(p)));
+  return out;
+}
+inline Bytes ZeroBytes() { return _mm512_setzero_si512(); }
+inline Bytes AddBytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+inline void AddBytesTo(Bytes& sum, Bytes x) { __asm__("vpaddb %1, %0, %0" : "+v"(sum) : "v"(x)); }  // in place
+inline Bytes Pick(Bytes index, Bytes from) { return _mm512_permutexvar_epi8(index, from); }
+inline Bytes PickWhere(uint64_t mask, Bytes index, Bytes from) {
+  return _mm512_maskz_permutexvar_epi8(mask, index, from);
+}
+inline int32_t SumBytes(const uint8_t* p, int n) {  // reads whole vectors
+  __m512i sum = _mm512_setzero_si512();
+  for (; n > 0; n -= 64, p += 64) {
+    const __mmask64 mask = n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1;
+    sum = _mm512_add_epi64(sum, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(mask, p), _mm512_setzero_si512()));
+  }
+  return int32_t(_mm512_reduce_add_epi64(sum));
+}
+// Sums of 64 bytes as 16 bits: `all` has both bytes of a word, `high` the second ones alone. The sum of the first ones
+// is all - 256 high, whatever overflowed on the way.
+struct Wide {
+  __m512i all, high;
+  void Clear() { all = high = _mm512_setzero_si512(); }
+  void Add(Bytes x) {
+    // As for BitCount: GCC would copy the sums otherwise.
+    const __m512i second = _mm512_srli_epi16(x, 8);
+    __asm__("vpaddw %1, %0, %0" : "+v"(all) : "v"(x));
+    __asm__("vpaddw %1, %0, %0" : "+v"(high) : "v"(second));
+  }
+  // As 32 bits: bytes 0, 2 .. 30, then 32 .. 62, then 1 .. 31, then 33 .. 63.
+  I Block(int b) const {
+    const __m512i words = b < 2 ? _mm512_sub_epi16(all, _mm512_slli_epi16(high, 8)) : high;
+    return _mm512_cvtepu16_epi32(b % 2 ? _mm512_extracti64x4_epi64(words, 1) : _mm512_castsi512_si256(words));
+  }
+};
+inline I SplatI(int32_t x) { return _mm512_set1_epi32(x); }
+inline I ShiftI(I x, int by) { return _mm512_sll_epi32(x, _mm_cvtsi32_si128(by)); }
 
 struct BitCount {
   using Weights = __m512i;
