@@ -53,6 +53,8 @@ uint32_t CpuFeatures() {
     if (c & (1u << 11)) features |= kCpuVnni;
   }
   return features;
+#elif LOWBIT_ARM64
+  return kCpuNeon;
 #else
   return 0;
 #endif
@@ -99,7 +101,7 @@ Kernels SelectKernels(const std::string& name, uint32_t features) {
 FloatMode::FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
 FloatMode::~FloatMode() { _mm_setcsr(uint32_t(saved_)); }
 
-#elif defined(__aarch64__)
+#elif LOWBIT_ARM64
 
 FloatMode::FloatMode() {
   __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));

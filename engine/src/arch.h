@@ -15,6 +15,14 @@
 #endif
 #endif
 
+#ifndef LOWBIT_ARM64
+#if defined(__aarch64__)
+#define LOWBIT_ARM64 1
+#else
+#define LOWBIT_ARM64 0
+#endif
+#endif
+
 namespace lowbit {
 
 enum : uint32_t {
@@ -23,6 +31,7 @@ enum : uint32_t {
   kCpuAvx512 = 1 << 2,  // F, BW, DQ and VL
   kCpuVpopcntdq = 1 << 3,
   kCpuVnni = 1 << 4,
+  kCpuNeon = 1 << 5,  // every 64-bit ARM CPU
 };
 
 // Features of this CPU that the operating system lets us use (cpuid and xgetbv).
