@@ -32,6 +32,7 @@ enum : uint32_t {
   kCpuVpopcntdq = 1 << 3,
   kCpuVnni = 1 << 4,
   kCpuNeon = 1 << 5,  // every 64-bit ARM CPU
+  kCpuI8mm = 1 << 6,
 };
 
 // Features of this CPU that the operating system lets us use (cpuid and xgetbv).

@@ -314,7 +314,8 @@ void Run(const Builder& b, Reader& r, Writer& results) {
     mode.Check("loading");
     if (nudge != 0 && engine->DebugNudgeThresholds(int(nudge)) == 0) throw std::runtime_error("no threshold to nudge");
     if (options.threads > 1) engine->DebugAlwaysShare();
-    if (input.size() != Bytes(engine->input_type(), batch, true)) throw std::runtime_error("the input has another size");
+    if (input.size() != Bytes(engine->input_type(), batch, true))
+      throw std::runtime_error("the input has another size");
     output.resize(Bytes(engine->output_type(), batch, false));
     engine->Run(input.data(), batch, output.data(), &trace);
     mode.Check("running");
