@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help:
 	@echo "make demo    train a 1-bit network on Fashion-MNIST, export it, prove it, time it (5 to 10 minutes on 2 cores)"
 	@echo "make test    the test suite"
-	@echo "make test-arm      the engine's NEON row under qemu, on 2,000 random networks (about 4 minutes)"
+	@echo "make test-arm      the engine's rows for ARM under qemu, on 2,000 random networks (about 5 minutes)"
 	@echo "make test-long     kill training at twenty random moments and at each file that it writes, and resume it (about 4 minutes)"
 	@echo "make test-recipes  train the papers' networks two steps at full size, export and prove them (about 25 minutes on 2 cores)"
 	@echo "make lint    ruff and mypy"
