@@ -218,7 +218,7 @@ def arm_program() -> Path:
     missing = [tool for tool in PACKAGES if shutil.which(tool) is None]
     if missing:
         reason = (
-            f"the NEON row is NOT tested: no {', '.join(missing)}. On Debian: "
+            f"the rows for ARM (i8mm, neon) are NOT tested: no {', '.join(missing)}. On Debian: "
             f"apt-get install {' '.join(PACKAGES[tool] for tool in missing)}"
         )
         pytest.fail(reason) if REQUIRED else pytest.skip(reason)
