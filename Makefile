@@ -12,10 +12,11 @@ DEMO := runs/demo
 ENGINE := CMakeLists.txt $(shell find engine -name '*.cc' -o -name '*.h' -o -name '*.inc' -o -name '*.txt')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-long test-recipes lint format bench data clean install
+.PHONY: help demo test test-arm test-long test-recipes lint format bench data clean install
 help:
 	@echo "make demo    train a 1-bit network on Fashion-MNIST, export it, prove it, time it (5 to 10 minutes on 2 cores)"
 	@echo "make test    the test suite"
+	@echo "make test-arm      the engine's rows for ARM under qemu, on 2,000 random networks (about 5 minutes)"
 	@echo "make test-long     kill training at twenty random moments and at each file that it writes, and resume it (about 4 minutes)"
 	@echo "make test-recipes  train the papers' networks two steps at full size, export and prove them (about 25 minutes on 2 cores)"
 	@echo "make lint    ruff and mypy"
@@ -57,6 +58,15 @@ $(DEMO)/report.html: $(DEMO)/bench.json
 
 test: .venv/.installed data
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The compiler and qemu come as Debian packages. Where they are there, `make test` runs the shorter half of this, too.
+test-arm: .venv/.installed
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64-static >/dev/null || \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  apt-get install -y -qq g++-aarch64-linux-gnu qemu-user-static >/dev/null 2>&1 || \
+	  { apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user-static >/dev/null; } || true; \
+	fi
+	LOWBIT_TEST_ARM=1 LOWBIT_TEST_ARM_GRAPHS=$${LOWBIT_TEST_ARM_GRAPHS:-2000} $(BIN)/python -m pytest tests/test_arm.py
 
 # LOWBIT_TEST_SEED=N draws the same moments again
 test-long: .venv/.installed

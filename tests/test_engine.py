@@ -28,7 +28,7 @@ AVAILABLE = [isa for isa, available in isas().items() if available]
 KERNELS = ("bit_conv", "int_gemm", "float_gemm", "depthwise_int", "depthwise_float", "pool", "elementwise")
 KERNELS += ("bit_conv+threshold", "int_gemm+threshold", "concat", "flatten", "pixel_shuffle", "code_sums")
 KERNELS += ("byte_gemm", "byte_gemm+threshold")
-NOWHERE = {("byte_gemm", "avx2"), ("byte_gemm+threshold", "avx2")}  # int_gemm is faster there
+NOWHERE = {(f"byte_gemm{end}", isa) for end in ("", "+threshold") for isa in ("avx2", "neon")}  # no product for it
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

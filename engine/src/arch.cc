@@ -5,6 +5,8 @@
 #if LOWBIT_X86
 #include <cpuid.h>
 #include <xmmintrin.h>
+#elif LOWBIT_ARM64 && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace lowbit {
@@ -32,6 +34,18 @@ void FillIn(T& entry, T next) {
   if (entry == nullptr) entry = next;
 }
 
+#if LOWBIT_ARM64
+// The system says it: user programs can't read the CPU's own registers everywhere.
+bool HasI8mm() {
+#if defined(__linux__)
+  constexpr unsigned long kI8mm = 1ul << 13;  // HWCAP2_I8MM
+  return getauxval(AT_HWCAP2) & kI8mm;
+#else
+  return false;
+#endif
+}
+#endif
+
 }  // namespace
 
 uint32_t CpuFeatures() {
@@ -54,6 +68,8 @@ uint32_t CpuFeatures() {
     if (c & (1u << 1)) features |= kCpuVbmi;
   }
   return features;
+#elif LOWBIT_ARM64
+  return kCpuNeon | (HasI8mm() ? uint32_t{kCpuI8mm} : 0);
 #else
   return 0;
 #endif
@@ -100,7 +116,7 @@ Kernels SelectKernels(const std::string& name, uint32_t features) {
 FloatMode::FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
 FloatMode::~FloatMode() { _mm_setcsr(uint32_t(saved_)); }
 
-#elif defined(__aarch64__)
+#elif LOWBIT_ARM64
 
 FloatMode::FloatMode() {
   __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));

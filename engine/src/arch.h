@@ -15,6 +15,14 @@
 #endif
 #endif
 
+#ifndef LOWBIT_ARM64
+#if defined(__aarch64__)
+#define LOWBIT_ARM64 1
+#else
+#define LOWBIT_ARM64 0
+#endif
+#endif
+
 namespace lowbit {
 
 enum : uint32_t {
@@ -24,6 +32,8 @@ enum : uint32_t {
   kCpuVpopcntdq = 1 << 3,
   kCpuVnni = 1 << 4,
   kCpuVbmi = 1 << 5,
+  kCpuNeon = 1 << 6,  // every 64-bit ARM CPU
+  kCpuI8mm = 1 << 7,
 };
 
 // Features of this CPU that the operating system lets us use (cpuid and xgetbv).
