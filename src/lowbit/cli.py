@@ -47,7 +47,7 @@ err = Console(stderr=True)
 _EXTRAS: Final = {
     "cli": ("PIL",),
     "train": ("jinja2", "lightning", "matplotlib", "pydantic", "scipy", "tensorboard", "torch", "torchmetrics", "yaml"),
-    "bench": ("onnx", "onnxruntime"),
+    "bench": ("onnx", "onnxruntime", "openvino"),
     "ray": ("ray",),
 }
 """Modules of each extra, to name it when one is missing."""

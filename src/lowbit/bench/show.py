@@ -1,0 +1,182 @@
+"""What was measured, for a terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from lowbit.files import write_atomic
+from lowbit.machine import processor
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+UNSURE: Final = "~"
+"""Stands behind a number that is not to be trusted: a warning says why."""
+
+_SHORT: Final = {
+    "ort-fp32": "ORT fp32",
+    "ort-int8": "ORT int8",
+    "openvino-fp32": "OV fp32",
+    "openvino-int8": "OV int8",
+    "torch": "torch",
+}
+"""Headings of narrow columns."""
+
+
+def digits(value: float) -> str:
+    """Three digits that count."""
+    return (
+        f"{value:,.0f}"
+        if value >= 100
+        else f"{value:.1f}"
+        if value >= 10
+        else f"{value:.2f}"
+        if value >= 1
+        else f"{value:.3f}"
+    )
+
+
+def threads_text(count: int) -> str:
+    """1 thread, 2 threads."""
+    return f"{count} thread{'s'[: count > 1]}"
+
+
+def whole_table(result: Mapping[str, Any]) -> Table:
+    """`bench_file`'s whole network, for a terminal."""
+    title = f"{result['file']}: {threads_text(result['threads'])}, batch {result['batch']}"
+    return _network_table(title, result["whole"], result["isa"], result["batch"], result["versions"])
+
+
+def _network_table(title: str, whole: Mapping[str, Any], isa: str, batch: int, packages: Mapping[str, str]) -> Table:
+    from rich.table import Table
+
+    from lowbit.bench.peers import PEERS
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("", overflow="fold")
+    for heading in ("ms per image", "p10", "p90", "images/s", "lowbit is faster", "p10 .. p90"):
+        table.add_column(heading, justify="right")
+
+    def row(name: str, timing: Mapping[str, float], *more: str) -> None:
+        cells = [digits(1e3 * timing[key] / batch) for key in ("median", "p10", "p90")]
+        table.add_row(name, *cells, f"{batch / timing['median']:,.0f}", *more)
+
+    row(f"lowbit, {isa}", whole["ours"], "", "")
+    for name, peer in whole["peers"].items():
+        mark = UNSURE if peer["noisy"] or not whole["trusted"] else ""
+        what = f"{PEERS[name].title} ({packages.get(PEERS[name].packages[0], '')}{', ' if peer['note'] else ''}{peer['note']})"
+        row(what, peer["theirs"], f"[bold]{peer['ratio']:.2f}x[/]{mark}", f"{peer['p10']:.2f} .. {peer['p90']:.2f}")
+    return table
+
+
+def networks_tables(rows: Sequence[Mapping[str, Any]], packages: Mapping[str, str]) -> Iterable[Table]:
+    """Whole networks of ``python -m lowbit.bench``, one table each."""
+    for row in rows:
+        title = f"{row['network']}: {threads_text(row['threads'])}, batch 1, {row['macs'] / 1e6:,.0f} MMAC"
+        yield _network_table(title, row, row["isa"], 1, packages)
+
+
+def _ratio(peers: Mapping[str, Any], name: str, trusted: bool) -> str:
+    if name not in peers:
+        return ""
+    return f"{peers[name]['ratio']:.1f}x{UNSURE if peers[name]['noisy'] or not trusted else ''}"
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    share = row["peak_share"]
+    return "" if share is None else f"{share:.0%}{'' if row['trusted'] else UNSURE}"
+
+
+def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    found = {name for row in rows for name in row["peers"]}
+    return [name for name in _SHORT if name in found]
+
+
+def layers_table(result: Mapping[str, Any]) -> Table:
+    """`bench_file`'s layers, for a terminal."""
+    from rich.table import Table
+
+    rows, batch = result["layers"], result["batch"]
+    names = _names(rows)
+    title = f"steps, microseconds per image of a batch of {batch}; how many times faster than each peer's layer"
+    table = Table(title=title, title_justify="left")
+    table.add_column("step", overflow="fold")
+    table.add_column("kernel")
+    for heading in ("MMAC", "µs", "share", "GMAC/s", "of peak", *(_SHORT[name] for name in names)):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        per_image = row["seconds"] / batch
+        table.add_row(
+            row["name"],
+            f"{row['kernel']} {row['isa']}",
+            f"{row['macs'] / 1e6:.2f}" if row["macs"] else "",
+            digits(1e6 * per_image),
+            f"{row['share']:.0%}",
+            f"{row['macs'] / per_image / 1e9:,.0f}" if row["macs"] and per_image else "",
+            _share(row),
+            *(_ratio(row["peers"], name, row["trusted"]) for name in names),
+        )
+    return table
+
+
+def single_layers_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Layers of ``python -m lowbit.bench``: ours, and how many times faster than each peer."""
+    from rich.table import Table
+
+    first, names = rows[0], _names(rows)
+    title = f"{processor()}, {threads_text(first['threads'])}, {first['isa']}; times faster than each peer"
+    table = Table(title=title, title_justify="left")
+    table.add_column("layer", overflow="fold")
+    table.add_column("kernel")
+    for heading in ("µs", "GMAC/s", "of peak", *(_SHORT[name] for name in names)):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["layer"],
+            row["kernel"],
+            digits(1e6 * row["ours"]["median"]),
+            f"{row['gmacs_per_second']:,.0f}",
+            _share(row),
+            *(_ratio(row["peers"], name, row["trusted"]) for name in names),
+        )
+    return table
+
+
+def peak_line(peak: Mapping[str, Any] | None) -> str:
+    """This core's measured peak, in a sentence."""
+    if peak is None:
+        return "peak: not measured for this row of kernels"
+    largest = peak["largest"]
+    return (
+        f"this core's peak, measured in the same run: {largest['bits'] / 1e9:,.0f} GMAC/s in bits, "
+        f"{largest['integers'] / 1e9:,.0f} in integers"
+    )
+
+
+def startup_line(startup: Mapping[str, Any]) -> str:
+    """Import, load and memory, in a sentence."""
+    text = (
+        f"import {1e3 * startup['import_seconds']:.0f} ms (without torch), load {1e3 * startup['load_seconds']:.1f} ms, "
+        f"file {startup['file_bytes'] / 1e6:.2f} MB"
+    )
+    if startup["ran_bytes"] is None:
+        return text
+    return (
+        f"{text}, memory {startup['loaded_bytes'] / 1e6:+.1f} MB by loading, {startup['ran_bytes'] / 1e6:+.1f} MB after a run "
+        f"(of it buffers {startup['buffer_bytes'] / 1e6:.1f}): {startup['memory_ratio']:.1f}x the file and buffers"
+    )
+
+
+def verdict(what: str, good: bool | None) -> str:
+    """A goal, and whether it is reached; None where the numbers are not to be trusted."""
+    if good is None:
+        return f"{what}: [yellow]not to be told on this machine now[/]"
+    return f"{what}: {'[green]reached[/]' if good else '[red]missed[/]'}"
+
+
+def write_result(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
+    """Write plain JSON, whole or not at all. Raises OSError."""
+    write_atomic(path, (json.dumps(result, indent=1) + "\n").encode())
