@@ -64,8 +64,6 @@ class _Run:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Layers, whole networks and training steps beside other runtimes, on the same cores, in turn."""
-    from rich.console import Console
-
     parser = argparse.ArgumentParser(prog="python -m lowbit.bench", description=main.__doc__)
     parser.add_argument("--threads", type=int, default=1, help="of all; all are pinned to as many cores")
     parser.add_argument("--isa", help="force a row of kernels")
@@ -85,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             isa = load(_nothing(), threads=options.threads, isa=options.isa).isa
     except ValueError as error:
         parser.error(str(error))
-    console = Console()
-    if console.width < 120 and not console.is_terminal:
-        console = Console(width=120)
+    console = show.wide_console()
     run = _Run(options.threads, isa, options.repeats, there, Core(isa), console)
     for text in missing:
         console.print(f"[yellow]left out:[/] {text}", soft_wrap=True)
@@ -102,8 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peak = run.core.as_dict()
     console.print(show.peak_line(peak))
     found |= {"isa": isa, "threads": options.threads, "peak": peak, "warnings": run.core.warnings()}
-    for warning in (*_warnings(found), *found["warnings"]):
-        console.print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+    show.print_warnings(console, [*found["warnings"], *_warnings(found)])
     show.write_result(options.json, found)
     console.print(f"numbers in {options.json}")
 

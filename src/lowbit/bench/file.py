@@ -102,7 +102,7 @@ def bench_network(
     return {
         **found,
         "trusted": not watch.warnings,
-        "warnings": [*failures, *watch.warnings, *noise("the whole", found)],
+        "warnings": [*failures, *watch.warnings, *noise(found)],
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbit.bench.measure import Comparison, Core, Peak, Sample, Timing, in_turn, pinned, timed
+from lowbit.bench.measure import Comparison, Core, Peak, Sample, Timing, Watch, in_turn, pinned, timed
 from lowbit.bench.peers import Peer, Session, open_all
 from lowbit.bits import Codes
 from lowbit.graph import Graph, Node, Tensor
@@ -154,44 +154,65 @@ class Sessions:
         return {name: min(sample() for _ in range(3)) for name, sample in samples.items()}
 
 
+@dataclass(frozen=True)
+class Ours:
+    """A layer in the engine: `sample` gives the seconds of its fused step, `step` is that step of the plan, `macs` of one image."""
+
+    sample: Sample
+    step: Mapping[str, Any]
+    macs: int
+    threads: int
+    isa: str
+
+    @staticmethod
+    def of(layer: Layer, threads: int, isa: str | None) -> Ours:
+        """Load `conv_graph` and find the step; raises ValueError for an isa or threads that can't be had."""
+        graph = conv_graph(layer)
+        node = next(n for n in graph.nodes if n.name == "conv1")
+        engine = load(graph, threads=threads, isa=isa)
+        indices = step_indices(engine.plan, node.name)
+        x = example(engine, 1)
+
+        def sample() -> float:
+            seconds = engine.profile(x, 10)
+            return sum(seconds[i] for i in indices)
+
+        return Ours(sample, engine.plan[indices[-1]], macs(graph, node, graph.validate()), threads, engine.isa)
+
+    def row(self, layer: Layer, found: Mapping[str, Any], watch: Watch) -> dict[str, Any]:
+        """The layer's row: what it is, which kernel ran, `found` (``ours`` and ``peers``), speed and share of the peak."""
+        speed = self.macs / found["ours"]["median"]
+        return {
+            "layer": str(layer),
+            "weight_bits": layer.weight_bits,
+            "activation_bits": layer.activation_bits,
+            "macs": self.macs,
+            "kernel": self.step["kernel"],
+            "isa": self.step["isa"],
+            "threads": self.threads,
+            **found,
+            "gmacs_per_second": speed / 1e9,
+            "peak_share": peak_share(self.step, speed / self.threads, self.isa, watch.peak),
+            "trusted": not watch.warnings,
+            "warnings": [f"{layer}: {text}" for text in (*watch.warnings, *noise(found))],
+        }
+
+
 def bench_layer(layer: Layer, isa: str | None, sessions: Sessions, core: Core, repeats: int) -> dict[str, Any]:
     """One layer: the engine's fused step beside each peer's model of one layer, less the time of an empty call.
 
     Returns:
-        Plain JSON: ``layer, weight_bits, activation_bits, macs, kernel, isa, threads, ours, gmacs_per_second, peak_share, peers, trusted,
+        Plain JSON: ``layer, weight_bits, activation_bits, macs, kernel, isa, threads, ours, peers, gmacs_per_second, peak_share, trusted,
         warnings``. `peak_share` is None where no loop of the kernel's kind was measured; `trusted` is false where the core was not the
         same before and after.
     """
-    graph = conv_graph(layer)
-    node = next(n for n in graph.nodes if n.name == "conv1")
-    engine = load(graph, threads=sessions.threads, isa=isa)
-    indices = step_indices(engine.plan, node.name)
-    step = engine.plan[indices[-1]]
-    x = example(engine, 1)
+    ours = Ours.of(layer, sessions.threads, isa)
     opened, failures = sessions.of(layer)
-
-    def ours() -> float:
-        seconds = engine.profile(x, 10)
-        return sum(seconds[i] for i in indices)
-
     with core.watched() as watch:
-        found = beside(ours, opened, repeats, sessions.empty_seconds())
-    count = macs(graph, node, graph.validate())
-    speed = count / found["ours"]["median"]
-    return {
-        "layer": str(layer),
-        "weight_bits": layer.weight_bits,
-        "activation_bits": layer.activation_bits,
-        "macs": count,
-        "kernel": step["kernel"],
-        "isa": step["isa"],
-        "threads": sessions.threads,
-        **found,
-        "gmacs_per_second": speed / 1e9,
-        "peak_share": peak_share(step, speed / sessions.threads, engine.isa, watch.peak),
-        "trusted": not watch.warnings,
-        "warnings": [f"{layer}: {text}" for text in (*failures, *watch.warnings)] + noise(str(layer), found),
-    }
+        found = beside(ours.sample, opened, repeats, sessions.empty_seconds())
+    row = ours.row(layer, found, watch)
+    row["warnings"] += [f"{layer}: {text}" for text in failures]
+    return row
 
 
 def bench_layers(
@@ -235,14 +256,13 @@ def compared(ours: Sequence[float], theirs: Sequence[float], note: str) -> dict[
     return {**tree, "noisy": found.noisy, "note": note}
 
 
-def noise(what: str, found: Mapping[str, Any]) -> list[str]:
-    """A sentence for each peer whose ratio scatters too much to be believed."""
-    return [
-        f"{what}: noisy beside {name}: the ratio of neighbouring samples goes from {peer['p10']:.2f} to {peer['p90']:.2f}; "
-        "close other programs and repeat"
-        for name, peer in found["peers"].items()
-        if peer["noisy"]
-    ]
+def noise(found: Mapping[str, Any]) -> list[str]:
+    """A sentence where ratios scatter too much to be believed."""
+    noisy = {name: peer for name, peer in found["peers"].items() if peer["noisy"]}
+    if not noisy:
+        return []
+    spreads = ", ".join(f"{name} {peer['p10']:.2f} to {peer['p90']:.2f}" for name, peer in noisy.items())
+    return [f"noisy: ratios of neighbouring samples beside {spreads}; close other programs and repeat"]
 
 
 def peak_share(step: Mapping[str, Any], speed: float, isa: str, peak: Peak | None) -> float | None:

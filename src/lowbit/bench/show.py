@@ -11,6 +11,7 @@ from lowbit.files import write_atomic
 from lowbit.machine import processor
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 UNSURE: Final = "~"
@@ -22,6 +23,7 @@ _SHORT: Final = {
     "openvino-fp32": "OV fp32",
     "openvino-int8": "OV int8",
     "torch": "torch",
+    "lce": "Larq CE",
 }
 """Headings of narrow columns."""
 
@@ -104,7 +106,7 @@ def layers_table(result: Mapping[str, Any]) -> Table:
     title = f"steps, microseconds per image of a batch of {batch}; how many times faster than each peer's layer"
     table = Table(title=title, title_justify="left")
     table.add_column("step", overflow="fold")
-    table.add_column("kernel")
+    table.add_column("kernel", no_wrap=True)
     for heading in ("MMAC", "µs", "share", "GMAC/s", "of peak", *(_SHORT[name] for name in names)):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -130,7 +132,7 @@ def single_layers_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     title = f"{processor()}, {threads_text(first['threads'])}, {first['isa']}; times faster than each peer"
     table = Table(title=title, title_justify="left")
     table.add_column("layer", overflow="fold")
-    table.add_column("kernel")
+    table.add_column("kernel", no_wrap=True)
     for heading in ("µs", "GMAC/s", "of peak", *(_SHORT[name] for name in names)):
         table.add_column(heading, justify="right")
     for row in rows:
@@ -175,6 +177,25 @@ def verdict(what: str, good: bool | None) -> str:
     if good is None:
         return f"{what}: [yellow]not to be told on this machine now[/]"
     return f"{what}: {'[green]reached[/]' if good else '[red]missed[/]'}"
+
+
+_MOST: Final = 10
+
+
+def wide_console() -> Console:
+    """A terminal as it is; a file or a pipe gets lines wide enough for the tables."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
+
+
+def print_warnings(console: Console, warnings: Sequence[str]) -> None:
+    """The first few; the numbers' file has all of them."""
+    for text in warnings[:_MOST]:
+        console.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
+    if len(warnings) > _MOST:
+        console.print(f"[yellow]and {len(warnings) - _MOST} more like these[/]")
 
 
 def write_result(path: str | os.PathLike[str], result: Mapping[str, Any]) -> None:
