@@ -47,7 +47,7 @@ err = Console(stderr=True)
 _EXTRAS: Final = {
     "cli": ("PIL",),
     "train": ("jinja2", "lightning", "matplotlib", "pydantic", "scipy", "tensorboard", "torch", "torchmetrics", "yaml"),
-    "bench": ("onnx", "onnxruntime", "openvino"),
+    "bench": ("nncf", "onnx", "onnxruntime", "openvino"),
     "ray": ("ray",),
 }
 """Modules of each extra, to name it when one is missing."""
@@ -441,11 +441,12 @@ def bench(
         )
     if output is not None:
         measure.write_result(output, result)
+    console = measure.wide_console()
     if layers:
-        out.print(measure.layers_table(result))
-    out.print(measure.whole_table(result))
+        console.print(measure.layers_table(result))
+    console.print(measure.whole_table(result))
     for line in (measure.startup_line(result["startup"]), measure.peak_line(result["peak"])):
-        out.print(line, soft_wrap=True, highlight=False)
+        console.print(line, soft_wrap=True, highlight=False)
     _warn(result["missing"])
     _warn(result["warnings"])
 

@@ -13,7 +13,15 @@ from lowbit.bench.file import FORMAT, bench_file, bench_network
 from lowbit.bench.layers import LAYERS, LOW_BIT, Layer, bench_layers, conv_graph, peer_examples, peer_graph
 from lowbit.bench.measure import Comparison, Core, Peak, Timing, alternate, in_turn, pinned, timed
 from lowbit.bench.peers import PEERS, Peer, Session, chosen, installed
-from lowbit.bench.show import digits, layers_table, peak_line, startup_line, whole_table, write_result
+from lowbit.bench.show import (
+    digits,
+    layers_table,
+    peak_line,
+    startup_line,
+    whole_table,
+    wide_console,
+    write_result,
+)
 from lowbit.bench.startup import bench_startup
 from lowbit.bench.twin import channels_last, float_twin
 
@@ -49,5 +57,6 @@ __all__ = [
     "startup_line",
     "timed",
     "whole_table",
+    "wide_console",
     "write_result",
 ]

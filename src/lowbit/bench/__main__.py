@@ -83,10 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             isa = load(_nothing(), threads=options.threads, isa=options.isa).isa
     except ValueError as error:
         parser.error(str(error))
+    from rich.markup import escape
+
     console = show.wide_console()
     run = _Run(options.threads, isa, options.repeats, there, Core(isa), console)
     for text in missing:
-        console.print(f"[yellow]left out:[/] {text}", soft_wrap=True)
+        console.print(f"[yellow]left out:[/] {escape(text)}", soft_wrap=True)
     found: dict[str, Any] = {
         "format": FORMAT,
         "machine": machine(),

@@ -50,13 +50,14 @@ class Quantized:
     output: Scale | None
 
 
-def quantized(model: onnx.ModelProto, examples: Array, signed: bool) -> Quantized:
+def quantized(model: onnx.ModelProto, examples: Array, signed: bool, sums: bool = True) -> Quantized:
     """`model` with 8-bit weights, one scale a filter, and 8-bit activations.
 
     Args:
         model: a float twin.
         examples: inputs to measure the ranges on, (n, C, H, W) or (n, features), n a multiple of the model's batch.
         signed: activations as int8 (s8s8), else as uint8 (u8s8); weights are int8.
+        sums: sums of two values in 8 bits too, else in float32.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -80,6 +81,7 @@ def quantized(model: onnx.ModelProto, examples: Array, signed: bool) -> Quantize
             per_channel=True,
             activation_type=QuantType.QInt8 if signed else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            op_types_to_quantize=None if sums else sorted({node.op_type for node in model.graph.node} - {"Add"}),
         )
         found = onnx.load(path)
     return Quantized(found, _codes_in(found.graph), _codes_out(found.graph))

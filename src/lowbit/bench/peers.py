@@ -6,7 +6,10 @@ ours. A peer that is not installed is named as such; none is left out silently.
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -148,18 +151,24 @@ Opened = Callable[[onnx.ModelProto, int, Array], tuple[Run, Answer, str]]
 def _float32(opened: Opened, model: onnx.ModelProto, threads: int, examples: Array) -> Session:
     """The faster of the model with channels first and with channels last at its ends."""
     x = examples[: _dims(model.graph.input[0])[0]]
-    return _fastest(_both_orders(opened, Quantized(model, None, None), threads, x, "float32"))
+    return _fastest(_both_orders(opened, Quantized(model, None, None), threads, x, ""))
 
 
-def _int8(opened: Opened, model: onnx.ModelProto, threads: int, examples: Array) -> Session:
-    """The fastest of four: activations as uint8 and as int8, channels first and last at the ends."""
-    if len(model.graph.node) == 1:  # nothing to quantize: the empty call
-        return _float32(opened, model, threads, examples)
+def _int8(opened: Opened, model: onnx.ModelProto, threads: int, examples: Array) -> list[Session]:
+    """All forms: activations as uint8 and as int8, sums in 8 bits and in float32, channels first and last at the ends."""
     x = examples[: _dims(model.graph.input[0])[0]]
     sessions = []
-    for signed, note in ((False, "u8s8"), (True, "s8s8")):
-        sessions += _both_orders(opened, quantized(model, examples, signed), threads, x, note)
-    return _fastest(sessions)
+    forms = [(False, True, "u8s8"), (True, True, "s8s8")]
+    if any(node.op_type == "Add" for node in model.graph.node):
+        forms.append((False, False, "u8s8, sums in float32"))
+    for signed, sums, note in forms:
+        sessions += _both_orders(opened, quantized(model, examples, signed, sums), threads, x, note)
+    return sessions
+
+
+def _computes_nothing(model: onnx.ModelProto) -> bool:
+    """Whether it is the empty call's, which has nothing to quantize."""
+    return [node.op_type for node in model.graph.node] == ["Identity"]
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[int]:
@@ -211,18 +220,56 @@ def _ort(model: onnx.ModelProto, threads: int, x: Array) -> tuple[Run, Answer, s
     return run, lambda x: session.run(None, {"input": x})[0], ""
 
 
+def _ort_int8(model: onnx.ModelProto, threads: int, examples: Array) -> Session:
+    if _computes_nothing(model):
+        return _float32(_ort, model, threads, examples)
+    return _fastest(_int8(_ort, model, threads, examples))
+
+
 # --------------------------------------------------------------------------------------------- OpenVINO
 
 _PRODUCTS: Final = frozenset({"Convolution", "FullyConnected", "MatMul"})
 
 
 def _openvino(model: onnx.ModelProto, threads: int, x: Array) -> tuple[Run, Answer, str]:
-    """The note says how many of the products that OpenVINO made of an 8-bit model run in 8 bits."""
     import openvino as ov
 
-    core = ov.Core()
-    compiled = core.compile_model(
-        core.read_model(model.SerializeToString()),
+    run, answer, products = _compiled(ov.Core().read_model(model.SerializeToString()), threads, x)
+    return run, answer, "" if x.dtype == np.float32 else products
+
+
+def _openvino_int8(model: onnx.ModelProto, threads: int, examples: Array) -> Session:
+    """The fastest of those of ONNX Runtime's quantization and that of NNCF, OpenVINO's own."""
+    if _computes_nothing(model):
+        return _float32(_openvino, model, threads, examples)
+    return _fastest([*_int8(_openvino, model, threads, examples), _nncf(model, threads, examples)])
+
+
+def _nncf(model: onnx.ModelProto, threads: int, examples: Array) -> Session:
+    import nncf
+    import openvino as ov
+
+    batch = _dims(model.graph.input[0])[0]
+    batches = np.split(examples, len(examples) // batch)
+    nncf.set_log_level(logging.ERROR)
+    with redirect_stdout(io.StringIO()):  # its progress bars
+        small = nncf.quantize(
+            ov.Core().read_model(model.SerializeToString()),
+            nncf.Dataset(batches),
+            preset=nncf.QuantizationPreset.PERFORMANCE,
+            target_device=nncf.TargetDevice.CPU,
+            subset_size=len(batches),
+        )
+    run, answer, products = _compiled(small, threads, batches[0])
+    return Session(run, answer, f"NNCF {version('nncf')}, {products}")
+
+
+def _compiled(model: Any, threads: int, x: Array) -> tuple[Run, Answer, str]:
+    """An OpenVINO model for a number of threads; also how many of the products that OpenVINO made of it run in 8 bits."""
+    import openvino as ov
+
+    compiled = ov.Core().compile_model(
+        model,
         "CPU",
         {
             "INFERENCE_NUM_THREADS": threads,
@@ -243,8 +290,6 @@ def _openvino(model: onnx.ModelProto, threads: int, x: Array) -> tuple[Run, Answ
     info = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
     products = [i["runtimePrecision"].astype(str) for i in info if i["layerType"].astype(str) in _PRODUCTS]
     small = sum(precision in ("i8", "u8") for precision in products)
-    if x.dtype == np.float32:
-        return run, answer, ""
     return run, answer, f"{small} of {len(products)} products in int8"
 
 
@@ -261,9 +306,9 @@ PEERS: Final = {
     peer.name: peer
     for peer in (
         Peer("ort-fp32", "ONNX Runtime fp32", ("onnxruntime",), "bench", partial(_float32, _ort)),
-        Peer("ort-int8", "ONNX Runtime int8", ("onnxruntime",), "bench", partial(_int8, _ort)),
+        Peer("ort-int8", "ONNX Runtime int8", ("onnxruntime",), "bench", _ort_int8),
         Peer("openvino-fp32", "OpenVINO fp32", ("openvino",), "bench", partial(_float32, _openvino)),
-        Peer("openvino-int8", "OpenVINO int8", ("openvino", "onnxruntime"), "bench", partial(_int8, _openvino)),
+        Peer("openvino-int8", "OpenVINO int8", ("openvino", "nncf", "onnxruntime"), "bench", _openvino_int8),
         Peer("torch", "PyTorch fp32", ("torch",), "train", _torch),
     )
 }

@@ -53,24 +53,27 @@ def whole_table(result: Mapping[str, Any]) -> Table:
 
 
 def _network_table(title: str, whole: Mapping[str, Any], isa: str, batch: int, packages: Mapping[str, str]) -> Table:
+    from rich import box
     from rich.table import Table
 
     from lowbit.bench.peers import PEERS
 
-    table = Table(title=title, title_justify="left")
-    table.add_column("", overflow="fold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     for heading in ("ms per image", "p10", "p90", "images/s", "lowbit is faster", "p10 .. p90"):
         table.add_column(heading, justify="right")
+    table.add_column("how", overflow="fold")
 
     def row(name: str, timing: Mapping[str, float], *more: str) -> None:
         cells = [digits(1e3 * timing[key] / batch) for key in ("median", "p10", "p90")]
         table.add_row(name, *cells, f"{batch / timing['median']:,.0f}", *more)
 
-    row(f"lowbit, {isa}", whole["ours"], "", "")
+    row("lowbit", whole["ours"], "", "", isa)
     for name, peer in whole["peers"].items():
         mark = UNSURE if peer["noisy"] or not whole["trusted"] else ""
-        what = f"{PEERS[name].title} ({packages.get(PEERS[name].packages[0], '')}{', ' if peer['note'] else ''}{peer['note']})"
-        row(what, peer["theirs"], f"[bold]{peer['ratio']:.2f}x[/]{mark}", f"{peer['p10']:.2f} .. {peer['p90']:.2f}")
+        what = f"{PEERS[name].title}, {packages.get(PEERS[name].packages[0], '')}"
+        ratio = f"[bold]{peer['ratio']:.2f}x[/]{mark}"
+        row(what, peer["theirs"], ratio, f"{peer['p10']:.2f} .. {peer['p90']:.2f}", peer["note"])
     return table
 
 
@@ -99,21 +102,24 @@ def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def layers_table(result: Mapping[str, Any]) -> Table:
     """`bench_file`'s layers, for a terminal."""
+    from rich import box
     from rich.table import Table
 
     rows, batch = result["layers"], result["batch"]
     names = _names(rows)
-    title = f"steps, microseconds per image of a batch of {batch}; how many times faster than each peer's layer"
-    table = Table(title=title, title_justify="left")
-    table.add_column("step", overflow="fold")
-    table.add_column("kernel", no_wrap=True)
+    title = (
+        f"steps on {result['isa']}, microseconds per image of a batch of {batch}; times faster than each peer's layer"
+    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("step", overflow="fold", min_width=12)
+    table.add_column("kernel", overflow="fold")
     for heading in ("MMAC", "µs", "share", "GMAC/s", "of peak", *(_SHORT[name] for name in names)):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         per_image = row["seconds"] / batch
         table.add_row(
             row["name"],
-            f"{row['kernel']} {row['isa']}",
+            row["kernel"] if row["isa"] == result["isa"] else f"{row['kernel']} {row['isa']}",
             f"{row['macs'] / 1e6:.2f}" if row["macs"] else "",
             digits(1e6 * per_image),
             f"{row['share']:.0%}",
@@ -126,15 +132,16 @@ def layers_table(result: Mapping[str, Any]) -> Table:
 
 def single_layers_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Layers of ``python -m lowbit.bench``: ours, and how many times faster than each peer."""
+    from rich import box
     from rich.table import Table
 
     first, names = rows[0], _names(rows)
     title = f"{processor()}, {threads_text(first['threads'])}, {first['isa']}; times faster than each peer"
-    table = Table(title=title, title_justify="left")
-    table.add_column("layer", overflow="fold")
-    table.add_column("kernel", no_wrap=True)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layer", overflow="fold", min_width=30)
+    table.add_column("kernel", overflow="fold")
     for heading in ("µs", "GMAC/s", "of peak", *(_SHORT[name] for name in names)):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["layer"],
@@ -166,9 +173,12 @@ def startup_line(startup: Mapping[str, Any]) -> str:
     )
     if startup["ran_bytes"] is None:
         return text
+    ratio = ""
+    if startup["file_bytes"] >= _LARGE:
+        ratio = f": {startup['memory_ratio']:.1f}x the file and buffers"
     return (
         f"{text}, memory {startup['loaded_bytes'] / 1e6:+.1f} MB by loading, {startup['ran_bytes'] / 1e6:+.1f} MB after a run "
-        f"(of it buffers {startup['buffer_bytes'] / 1e6:.1f}): {startup['memory_ratio']:.1f}x the file and buffers"
+        f"(of it buffers {startup['buffer_bytes'] / 1e6:.1f}){ratio}"
     )
 
 
@@ -180,6 +190,10 @@ def verdict(what: str, good: bool | None) -> str:
 
 
 _MOST: Final = 10
+_LARGE: Final = 1_000_000  # bytes: below, the memory that any file takes says nothing of this one
+
+
+_WIDTH: Final = 150
 
 
 def wide_console() -> Console:
@@ -187,13 +201,15 @@ def wide_console() -> Console:
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(width=_WIDTH)
 
 
 def print_warnings(console: Console, warnings: Sequence[str]) -> None:
     """The first few; the numbers' file has all of them."""
+    from rich.markup import escape
+
     for text in warnings[:_MOST]:
-        console.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
     if len(warnings) > _MOST:
         console.print(f"[yellow]and {len(warnings) - _MOST} more like these[/]")
 
