@@ -20,6 +20,8 @@ from lowbit import bench
 from lowbit.bench import lce
 from lowbit.bench.__main__ import main
 from lowbit.bench.file import twin_input
+from lowbit.bench.layers import goals
+from lowbit.bench.show import goals_lines
 from lowbit.bits import Codes
 from lowbit.graph import Graph, Node, Tensor
 from lowbit.runtime import isas, load
@@ -430,6 +432,29 @@ def test_whole_networks_and_loading(
     assert row["macs"] > 0
     assert (row["two_threads"] is None) == (len(os.sched_getaffinity(0)) < 2)
     assert found["load"]["load_seconds"] > 0
+
+
+def test_goals() -> None:
+    def row(ratio: float, share: float, trusted: bool = True, noisy: bool = False) -> dict[str, Any]:
+        return {
+            "layer": "a layer",
+            "goals": {"ort-fp32": 19.0, "peak": 0.83, "ort-int8": 5.2},
+            "peers": {"ort-fp32": {"ratio": ratio, "noisy": noisy}},
+            "peak_share": share,
+            "trusted": trusted,
+        }
+
+    assert goals_lines([row(19.0, 0.83)]) == ["goals: 2 reached, 0 missed, 1 not measured or not to be told now"]
+    assert goals_lines([row(18.9, 0.82), row(20.0, 0.9)]) == [
+        "goals: 2 reached, 2 missed, 2 not measured or not to be told now",
+        "missed: a layer, at least 19x ORT fp32",
+        "missed: a layer, at least 83% of the peak",
+    ]
+    assert "0 reached, 0 missed, 3 not" in goals_lines([row(20.0, 0.9, trusted=False)])[0]
+    assert "1 reached, 0 missed, 2 not" in goals_lines([row(20.0, 0.9, noisy=True)])[0]
+    assert "0 reached, 1 missed, 2 not" in goals_lines([{**row(18.0, 0.9), "peak_share": None}])[0]
+    assert all(goals(layer) for layer in bench.LAYERS)
+    assert {layer.activation_bits for layer in bench.LOW_BIT if not goals(layer)} == {4, 8}  # 2/4 and 1/8 have none
 
 
 # ------------------------------------------------------------------------------------------ Larq Compute Engine

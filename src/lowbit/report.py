@@ -288,6 +288,7 @@ def _peak_plot(bench: dict[str, Any] | None) -> str | None:
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xscale("log")
+        axes.set_xlim(left=1)
         axes.set_xlabel("GMAC/s of a core, logarithmic")
         figure.legend(loc="outside upper center", ncols=3)
         return page.svg(figure, title)

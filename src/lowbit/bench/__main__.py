@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lowbit.bench import show
 from lowbit.bench.file import FORMAT, PACKAGES, bench_network
-from lowbit.bench.layers import LAYERS, LOW_BIT, bench_layers
+from lowbit.bench.layers import LAYERS, LOW_BIT, bench_layers, example
 from lowbit.bench.measure import Core, alternate, pinned
 from lowbit.bench.peers import Peer, chosen, installed
 from lowbit.bench.startup import GOALS, bench_startup
@@ -37,8 +36,6 @@ _NETWORK_GOALS: Final[Mapping[str, Mapping[str, float]]] = {
     "VGG-Small, CIFAR": {"ort-fp32": 12.0},
     "the demo's network": {"ort-fp32": 6.0},
 }
-_LAYER_GOALS: Final[Mapping[int, Mapping[str, float]]] = {0: {"ort-fp32": 19.0, "ort-int8": 5.2, "peak": 0.83}}
-"""By the layer's place in LAYERS."""
 
 
 @dataclass
@@ -75,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, default=Path("bench.json"), help="where the numbers go")
     options = parser.parse_args(arguments)
     try:
-        groups = _groups(options.only)
+        groups = _chosen_groups(options.only)
         there, missing = installed(chosen(options.peers.split(",")))
         if options.repeats < 2:
             raise ValueError(f"repeats = {options.repeats} must be at least 2")
@@ -105,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(f"numbers in {options.json}")
 
 
-def _groups(text: str) -> list[str]:
+def _chosen_groups(text: str) -> list[str]:
     names = text.split(",")
     for name in names:
         if name not in GROUPS:
@@ -134,14 +131,7 @@ def _layers(run: _Run) -> list[dict[str, Any]]:
     with run.console.status("") as status:
         rows = bench_layers(LAYERS, run.peers, run.core, run.threads, run.isa, run.repeats, status.update)
     run.console.print(show.single_layers_table(rows))
-    for i, goals in _LAYER_GOALS.items():
-        for name, least in goals.items():
-            if name == "peak":
-                share = rows[i]["peak_share"]
-                reached = None if not rows[i]["trusted"] or share is None else share >= least
-                run.console.print(show.verdict(f"{rows[i]['layer']}, at least {least:.0%} of the peak", reached))
-            else:
-                _goal(run, rows[i]["layer"], rows[i], name, least)
+    _goals(run, rows)
     return rows
 
 
@@ -150,6 +140,7 @@ def _low_bit(run: _Run) -> list[dict[str, Any]]:
     with run.console.status("") as status:
         rows = bench_layers(LOW_BIT, peers, run.core, run.threads, run.isa, run.repeats, status.update)
     run.console.print(show.single_layers_table(rows))
+    _goals(run, rows)
     return rows
 
 
@@ -168,13 +159,12 @@ def _networks(run: _Run) -> list[dict[str, Any]]:
         row["warnings"] = [f"{name}: {text}" for text in row["warnings"]]
         count = sum(macs(graph, node, types) for node in graph.nodes if node.op in ("conv2d", "linear"))
         row = {"network": name, "macs": count, "isa": engine.isa, "threads": run.threads, "kernels": kernels, **row}
+        row["goals"] = dict(_NETWORK_GOALS.get(name, {}))
         row["two_threads"] = _two_threads(graph, run) if not rows else None
         rows.append(row)
     for table in show.networks_tables(rows, versions(*PACKAGES)):
         run.console.print(table)
-    for row in rows:
-        for peer, least in _NETWORK_GOALS.get(row["network"], {}).items():
-            _goal(run, row["network"], row, peer, least)
+    _goals(run, rows)
     two = rows[0]["two_threads"]
     if two:
         run.console.print(
@@ -186,12 +176,8 @@ def _networks(run: _Run) -> list[dict[str, Any]]:
 
 
 def _two_threads(graph: Graph, run: _Run) -> dict[str, Any] | None:
-    """Two threads of the engine beside one; None where there is but one core."""
-    from dataclasses import asdict
-
-    from lowbit.bench.layers import example
-
-    if (os.cpu_count() or 1) < 2 or run.threads != 1:
+    """Two threads of the engine beside one; None where there is but one core, and where more than one is measured anyway."""
+    if run.threads != 1:
         return None
     try:
         with pinned(2):
@@ -241,13 +227,9 @@ def _load(run: _Run) -> dict[str, Any]:
     return {"network": name, **found}
 
 
-def _goal(run: _Run, what: str, row: Mapping[str, Any], name: str, least: float) -> None:
-    peer = row["peers"].get(name)
-    if peer is None:
-        return
-    title = next(p.title for p in run.peers if p.name == name)
-    trusted = row["trusted"] and not peer["noisy"]
-    run.console.print(show.verdict(f"{what}, at least {least:g}x {title}", peer["ratio"] >= least if trusted else None))
+def _goals(run: _Run, rows: Sequence[Mapping[str, Any]]) -> None:
+    for line in show.goals_lines(rows):
+        run.console.print(line, soft_wrap=True)
 
 
 _MEASURE: Final[Mapping[str, Callable[[_Run], Any]]] = {

@@ -72,7 +72,7 @@ def _network_table(title: str, whole: Mapping[str, Any], isa: str, batch: int, p
     for name, peer in whole["peers"].items():
         mark = UNSURE if peer["noisy"] or not whole["trusted"] else ""
         what = f"{PEERS[name].title}, {packages.get(PEERS[name].packages[0], '')}"
-        ratio = f"[bold]{peer['ratio']:.2f}x[/]{mark}"
+        ratio = _judged(whole, name, f"[bold]{peer['ratio']:.2f}x[/]{mark}")
         row(what, peer["theirs"], ratio, f"{peer['p10']:.2f} .. {peer['p90']:.2f}", peer["note"])
     return table
 
@@ -84,15 +84,48 @@ def networks_tables(rows: Sequence[Mapping[str, Any]], packages: Mapping[str, st
         yield _network_table(title, row, row["isa"], 1, packages)
 
 
-def _ratio(peers: Mapping[str, Any], name: str, trusted: bool) -> str:
-    if name not in peers:
+def _ratio(row: Mapping[str, Any], name: str) -> str:
+    peer = row["peers"].get(name)
+    if peer is None:
         return ""
-    return f"{peers[name]['ratio']:.1f}x{UNSURE if peers[name]['noisy'] or not trusted else ''}"
+    return _judged(row, name, f"{peer['ratio']:.1f}x{UNSURE if peer['noisy'] or not row['trusted'] else ''}")
 
 
 def _share(row: Mapping[str, Any]) -> str:
     share = row["peak_share"]
-    return "" if share is None else f"{share:.0%}{'' if row['trusted'] else UNSURE}"
+    return "" if share is None else _judged(row, "peak", f"{share:.0%}{'' if row['trusted'] else UNSURE}")
+
+
+def _judged(row: Mapping[str, Any], name: str, text: str) -> str:
+    """In green where the row's goal is reached, in red where it is missed."""
+    found = outcome(row, name)
+    return text if found is None else f"[{'green' if found else 'red'}]{text}[/]"
+
+
+def outcome(row: Mapping[str, Any], name: str) -> bool | None:
+    """Whether a row reaches its goal beside a peer, or that of its share of the ``peak``; None where it has none, or where the numbers
+    are not to be trusted."""
+    least, peer = row.get("goals", {}).get(name), row["peers"].get(name)
+    if least is None or not row["trusted"] or (peer and peer["noisy"]):
+        return None
+    value = row["peak_share"] if name == "peak" else peer["ratio"] if peer else None
+    return None if value is None else bool(value >= least)
+
+
+def goals_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many goals are reached, and each that is missed."""
+    found = [(row, name, outcome(row, name)) for row in rows for name in row["goals"]]
+    counts = {state: sum(result is state for _, _, result in found) for state in (True, False, None)}
+    lines = [
+        f"goals: {counts[True]} reached, {counts[False]} missed, {counts[None]} not measured or not to be told now"
+    ]
+    for row, name, result in found:
+        if result is False:
+            what = (
+                f"{row['goals'][name]:.0%} of the peak" if name == "peak" else f"{row['goals'][name]:g}x {_SHORT[name]}"
+            )
+            lines.append(f"missed: {row.get('layer') or row['network']}, at least {what}")
+    return lines
 
 
 def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -125,7 +158,7 @@ def layers_table(result: Mapping[str, Any]) -> Table:
             f"{row['share']:.0%}",
             f"{row['macs'] / per_image / 1e9:,.0f}" if row["macs"] and per_image else "",
             _share(row),
-            *(_ratio(row["peers"], name, row["trusted"]) for name in names),
+            *(_ratio(row, name) for name in names),
         )
     return table
 
@@ -149,7 +182,7 @@ def single_layers_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             digits(1e6 * row["ours"]["median"]),
             f"{row['gmacs_per_second']:,.0f}",
             _share(row),
-            *(_ratio(row["peers"], name, row["trusted"]) for name in names),
+            *(_ratio(row, name) for name in names),
         )
     return table
 
