@@ -166,8 +166,8 @@ struct IsaInfo {
 };
 std::vector<IsaInfo> Isas();  // best first
 
-// Multiply-accumulates a second: in the fastest slice of time, and over the whole time, which is far less where others use
-// the core.
+// Multiply-accumulates a second: in the fastest slice of time, and over the whole time, which is far less where others
+// use the core.
 struct Speed {
   double best = 0, mean = 0;
 };
