@@ -3,16 +3,18 @@
 #
 #   make PIP_ARGS="--extra-index-url ..."   passes more arguments to pip, for another build of torch, say
 #   make PYTHON=python3.12                  takes another Python (3.11 or newer)
+#   make bench BENCH_ARGS="--only layers"   what to measure; python -m lowbit.bench --help has the rest
 
 PYTHON ?= python3
 PIP_ARGS ?=
+BENCH_ARGS ?=
 BIN := .venv/bin
 RECIPE := recipes/fashion-mnist/bireal14-w1a1-slb-demo.yaml
 DEMO := runs/demo
 ENGINE := CMakeLists.txt $(shell find engine -name '*.cc' -o -name '*.h' -o -name '*.inc' -o -name '*.txt')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-arm test-long test-recipes lint format bench data clean install
+.PHONY: help demo test test-arm test-long test-recipes lint format bench bench-lce data clean install
 help:
 	@echo "make demo    train a 1-bit network on Fashion-MNIST, export it, prove it, time it (5 to 10 minutes on 2 cores)"
 	@echo "make test    the test suite"
@@ -20,7 +22,8 @@ help:
 	@echo "make test-long     kill training at twenty random moments and at each file that it writes, and resume it (about 4 minutes)"
 	@echo "make test-recipes  train the papers' networks two steps at full size, export and prove them (about 25 minutes on 2 cores)"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   the engine beside ONNX Runtime, a training step beside a float one"
+	@echo "make bench   the engine beside ONNX Runtime, OpenVINO and PyTorch, a training step beside a float one (a few minutes)"
+	@echo "make bench-lce     the binary layers beside Larq Compute Engine, in an environment of its own (.venv-lce, 2 GB)"
 	@echo "make clean   remove what the above made, but for .venv and runs"
 
 install: .venv/.installed
@@ -85,7 +88,17 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 bench: .venv/.installed
-	$(BIN)/python -m lowbit.bench
+	$(BIN)/python -m lowbit.bench $(BENCH_ARGS)
+
+bench-lce: .venv/.installed .venv-lce/.installed
+	$(BIN)/python -m lowbit.bench.lce
+
+.venv-lce/.installed: constraints-lce.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 12) else "Larq Compute Engine 0.16 has wheels for Python 3.10 to 3.12 only: make bench-lce PYTHON=python3.12")'
+	@test -x .venv-lce/bin/python || $(PYTHON) -m venv .venv-lce
+	@.venv-lce/bin/python -m pip --disable-pip-version-check install -q -c constraints-lce.txt $(PIP_ARGS) larq-compute-engine larq tensorflow tf-keras || \
+	{ echo "Larq Compute Engine and its TensorFlow can't be installed here (constraints-lce.txt has their versions; wheels are for Linux and macOS on x86-64 and arm64); make bench runs without them" >&2; exit 1; }
+	@touch $@
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache

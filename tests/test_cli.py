@@ -212,6 +212,7 @@ def test_every_expected_error_is_one_line(call: Call, model: Path, tmp_path: Pat
         (["predict", model, photo, "--isa", "sse1"], "sse1"),
         (["predict", model, photo, "--threads", 100000], "threads"),
         (["bench", model, "--threads", 100000], "threads = 100000"),
+        (["bench", model, "--peers", "tvm"], "unknown peer 'tvm'; there are ort-fp32"),
         (
             ["bench", model, "--repeats", 2, "--no-layers", "--json", tmp_path / "no/b.json"],
             "no/b.json: No such file or directory",

@@ -166,7 +166,8 @@ def test_a_whole_run(make: Make) -> None:
         "method: slb",
     ):
         assert words in page.text, words
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 5
+    assert "Layers against this core's peak" in page.text
 
 
 def test_nothing_is_loaded_from_elsewhere(make: Make) -> None:
@@ -266,7 +267,10 @@ def test_broken_parts(make: Make, tmp_path: Path) -> None:
     (place / "bench.json").write_text("{")
     with pytest.raises(RunError, match=r"bench\.json: not JSON"):
         report.write_report(place)
+    (place / "bench.json").write_text('{"format": 1}')  # of an older lowbit: as good as none
+    assert [what for what, _ in report.write_report(place)[1]] == ["the speed"]
     (place / "bench.json").unlink()
+    (place / "report.html").unlink()
     (place / "model.lowbit").write_bytes(b"x")
     with pytest.raises(lowbit.FileError, match=r"model\.lowbit"):
         report.write_report(place)

@@ -149,6 +149,21 @@ NB_MODULE(_engine, m) {
         return rows;
       },
       "Every ISA row, best first: (name, available on this CPU).");
+  m.def(
+      "peak",
+      [](const std::string& isa, double seconds) -> nb::object {
+        std::optional<Peak> peak;
+        {
+          const nb::gil_scoped_release release;
+          peak = MeasurePeak(isa, seconds);
+        }
+        if (!peak) return nb::none();
+        return nb::make_tuple(nb::make_tuple(peak->bits.best, peak->bits.mean),
+                              nb::make_tuple(peak->integers.best, peak->integers.mean));
+      },
+      "isa"_a, "seconds"_a,
+      "Multiply-accumulates a second of the row's inner loops, ((best, mean) of bits, of integers); None for "
+      "scalar.");
 
   nb::class_<Weights>(m, "Weights")
       .def_static("codes", &CodeWeights, "values"_a, "kind"_a, "bits"_a, "table"_a)

@@ -4,6 +4,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 def isas() -> list[tuple[str, bool]]: ...
+def peak(isa: str, seconds: float) -> tuple[tuple[float, float], tuple[float, float]] | None: ...
 
 class Weights:
     @staticmethod

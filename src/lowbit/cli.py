@@ -47,7 +47,7 @@ err = Console(stderr=True)
 _EXTRAS: Final = {
     "cli": ("PIL",),
     "train": ("jinja2", "lightning", "matplotlib", "pydantic", "scipy", "tensorboard", "torch", "torchmetrics", "yaml"),
-    "bench": ("onnx", "onnxruntime"),
+    "bench": ("nncf", "onnx", "onnxruntime", "openvino"),
     "ray": ("ray",),
 }
 """Modules of each extra, to name it when one is missing."""
@@ -417,23 +417,37 @@ def predict(
 @app.command(epilog="Example: lowbit bench runs/demo/model.lowbit --threads 1 --json runs/demo/bench.json")
 def bench(
     file: FileArgument,
-    threads: Annotated[int, typer.Option(help="Threads, and cores, of both.", min=1)] = 1,
+    threads: Annotated[int, typer.Option(help="Threads, and cores, of all.", min=1)] = 1,
     isa: IsaOption = None,
+    peers: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Runtimes beside it, with commas between: ort-fp32, ort-int8, openvino-fp32, openvino-int8, torch; or all.",
+        ),
+    ] = "ort-fp32",
     repeats: Annotated[int, typer.Option(help="Samples of each.", min=2)] = 100,
     batch: Annotated[int, typer.Option(help="Images in a call.", min=1)] = 1,
     output: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.", metavar="FILE")] = None,
     layers: Annotated[bool, typer.Option("--layers/--no-layers", help="Measure every layer too.")] = True,
 ) -> None:
-    """Time a file beside ONNX Runtime's float32 of the same network, in turn, on the same cores."""
+    """Time a file beside the same network in ONNX Runtime, OpenVINO or PyTorch, in turn, on the same cores."""
     from lowbit import bench as measure
 
+    names = peers.split(",")
     with err.status("measuring"):
-        result = measure.bench_file(file, threads=threads, isa=isa, batch=batch, repeats=repeats, layers=layers)
+        result = measure.bench_file(
+            file, threads=threads, isa=isa, batch=batch, repeats=repeats, layers=layers, peers=names
+        )
     if output is not None:
         measure.write_result(output, result)
+    console = measure.wide_console()
     if layers:
-        out.print(measure.layers_table(result))
-    out.print(measure.whole_table(result))
+        console.print(measure.layers_table(result))
+    console.print(measure.whole_table(result))
+    for line in (measure.startup_line(result["startup"]), measure.peak_line(result["peak"])):
+        console.print(line, soft_wrap=True, highlight=False)
+    _warn(result["missing"])
     _warn(result["warnings"])
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -21,8 +21,20 @@ from lowbit import page
 from lowbit.files import write_atomic
 from lowbit.inspect import Contents, inspect
 from lowbit.packfile import FileError
-from lowbit.page import BLUE, ORANGE
+from lowbit.page import BLUE, GRAY, ORANGE
 from lowbit.train.rundir import RunError, read_metrics, read_run
+
+_BENCH_FORMAT: Final = 2
+"""Of bench.json: `lowbit.bench.FORMAT`, which can't be imported without the extra ``bench``."""
+
+PEERS: Final = {
+    "ort-fp32": ("ONNX Runtime float32", "onnxruntime"),
+    "ort-int8": ("ONNX Runtime int8", "onnxruntime"),
+    "openvino-fp32": ("OpenVINO float32", "openvino"),
+    "openvino-int8": ("OpenVINO int8", "openvino"),
+    "torch": ("PyTorch float32", "torch"),
+}
+"""Title and package of each peer that ``lowbit bench`` knows."""
 
 Missing = tuple[str, str]
 Fact = tuple[str, str]
@@ -55,6 +67,8 @@ class _Run:
         if contents is None or proof is None:
             missing.append(("the exported file and its proof", f"lowbit export {place}"))
         bench = _read_json(place / "bench.json")
+        if bench is not None and bench.get("format") != _BENCH_FORMAT:  # an older lowbit's
+            bench = None
         if bench is None:
             missing.append(("the speed", f"lowbit bench {model} --json {place / 'bench.json'}"))
         recipe = place / "recipe.yaml"
@@ -156,11 +170,16 @@ def _speed_facts(found: _Run) -> list[Fact]:
         return []
     whole, batch, threads = found.bench["whole"], found.bench["batch"], found.bench["threads"]
     on = f"{threads} thread{'s'[: threads > 1]}, {found.bench['isa']}"
-    ours, theirs = (1e3 * whole[side]["median"] / batch for side in ("ours", "theirs"))
-    return [
-        ("time for an image", f"{ours:.3f} ms on {on}"),
-        ("the same in ONNX Runtime, float32", f"{theirs:.3f} ms: lowbit is {whole['ratio']:.1f}x faster"),
-    ]
+    facts = [("time for an image", f"{1e3 * whole['ours']['median'] / batch:.3f} ms on {on}")]
+    for name, peer in whole["peers"].items():
+        theirs = 1e3 * peer["theirs"]["median"] / batch
+        doubt = "" if whole["trusted"] and not peer["noisy"] else " (a noisy measurement)"
+        facts.append(
+            (f"the same in {PEERS[name][0]}", f"{theirs:.3f} ms: lowbit is {peer['ratio']:.1f}x faster{doubt}")
+        )
+    start = found.bench["startup"]
+    facts.append(("time to load the file", f"{1e3 * start['load_seconds']:.1f} ms"))
+    return facts
 
 
 # --------------------------------------------------------------------------------------------- plots
@@ -239,6 +258,42 @@ def _plots(found: _Run) -> list[dict[str, str]]:
     return plots
 
 
+def _peak_plot(bench: dict[str, Any] | None) -> str | None:
+    """The layers' speeds as bars, beside what this core does at most; None where no layer or no peak was measured."""
+    rows = [row for row in (bench or {}).get("layers", ()) if row["macs"] and row["seconds"]]
+    if bench is None or not rows or bench["peak"] is None:
+        return None
+    peak = bench["peak"]["largest"]
+    kinds = {
+        "bit_conv": ("1-bit kernels", BLUE),
+        "byte_gemm": ("integer kernels", ORANGE),
+        "int_gemm": ("integer kernels", ORANGE),
+    }
+    per_core = bench["batch"] / bench["threads"] / 1e9
+    title = "Layers against this core's peak"
+    with page.style():
+        figure = Figure(figsize=(8.4, 1.3 + 0.24 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        seen = set()
+        for i, row in enumerate(rows):
+            label, color = kinds.get(row["kernel"].partition("+")[0], ("float and other kernels", GRAY))
+            speed = row["macs"] / row["seconds"] * per_core
+            axes.barh(i, speed, height=0.7, color=color, label=None if label in seen else label)
+            seen.add(label)
+        for key, name, color in (("bits", "1-bit", BLUE), ("integers", "integer", ORANGE)):
+            axes.axvline(
+                peak[key] / 1e9, color=color, linestyle="--", label=f"{name} peak, {peak[key] / 1e9:,.0f} GMAC/s"
+            )
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xscale("log")
+        axes.set_xlim(left=1)
+        axes.set_xlabel("GMAC/s of a core, logarithmic")
+        figure.legend(loc="outside upper center", ncols=3)
+        return page.svg(figure, title)
+
+
 # --------------------------------------------------------------------------------------------- the page
 
 
@@ -283,6 +338,8 @@ def _render(found: _Run) -> str:
         contents=found.contents,
         float_bytes=found.proof["float_bytes"] if found.proof else None,
         bench=found.bench,
+        peers=PEERS,
+        peak_plot=_peak_plot(found.bench),
         recipe=found.recipe,
     )
 
@@ -305,7 +362,8 @@ def _headline(found: _Run) -> list[tuple[str, str, str]]:
         cards.append((f"{size / 1000:,.1f} kB", "file", f"{proof['float_bytes'] / size:.1f}x smaller than float32"))
     if found.bench is not None:
         whole, batch = found.bench["whole"], found.bench["batch"]
-        faster = f"{whole['ratio']:.1f}x faster than ONNX Runtime float32"
+        name, peer = next(iter(whole["peers"].items()), ("", None))
+        faster = f"{peer['ratio']:.1f}x faster than {PEERS[name][0]}" if peer else ""
         cards.append((f"{1e3 * whole['ours']['median'] / batch:.3f} ms", "for an image", faster))
     return cards
 

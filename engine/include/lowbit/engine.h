@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -164,5 +165,20 @@ struct IsaInfo {
   bool available;
 };
 std::vector<IsaInfo> Isas();  // best first
+
+// Multiply-accumulates a second: in the fastest slice of time, and over the whole time, which is far less where others
+// use the core.
+struct Speed {
+  double best = 0, mean = 0;
+};
+
+// What one core does at most: the inner loops of an ISA row on registers alone, of 1-bit products and of integer ones.
+struct Peak {
+  Speed bits, integers;
+};
+
+// Measures for about `seconds`. Nothing for a row in portable C++: its instructions are the compiler's choice. Throws
+// std::invalid_argument for an unknown row and for one that this CPU can't run; an empty name is the best row.
+std::optional<Peak> MeasurePeak(const std::string& isa, double seconds);
 
 }  // namespace lowbit

@@ -1,20 +1,77 @@
-"""What a low-bit training step costs beside one of another method."""
+"""What a low-bit training step costs beside one of another method, and the networks that ``python -m lowbit.bench`` times."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from lowbit.bench import alternate, pinned
+from lowbit.bench.measure import alternate, pinned
+from lowbit.graph import Graph
+from lowbit.train.batchnorm import calibrate_batchnorm
+from lowbit.train.freeze import freeze
 from lowbit.train.network import build_network
 from lowbit.train.prepare import auxiliary_loss, parameter_groups
 from lowbit.train.recipe import parse_recipe
 from lowbit.train.rundir import InputSpec
 from lowbit.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Network:
+    """A registered model at the size it is known for."""
+
+    model: str
+    side: int
+    channels: int = 3
+    classes: int = 10
+    arguments: dict[str, Any] = field(default_factory=dict)
+    stream: str = "float16"
+
+
+NETWORKS: Final = {
+    "Bi-Real ResNet-18, 224x224": Network("bireal_resnet18", 224, classes=1000),
+    "ResNet-20, CIFAR": Network("resnet20", 32),
+    "VGG-Small, CIFAR": Network("vgg_small", 32, arguments={"nonlinearity": "none"}, stream="float32"),
+    "the demo's network": Network("bireal_resnet14", 28, channels=1, arguments={"nonlinearity": "prelu"}),
+}
+"""Whole networks that are timed, the first one also with two threads and for what loading costs."""
+
+
+def network_graph(name: str) -> Graph:
+    """A network of `NETWORKS`, SLB W1A1 with 8-bit first convolution and shortcuts and a float16 stream (VGG-Small has none), as a Graph.
+
+    Its weights are random, its statistics those of one batch of random images: speed does not depend on them.
+    """
+    network = NETWORKS[name]
+    recipe = parse_recipe(
+        {
+            "name": "bench",
+            "model": {"name": network.model, **network.arguments},
+            "data": {"name": "fashion_mnist"},  # not read
+            "quantize": {
+                "method": "slb",
+                "weight_bits": 1,
+                "activation_bits": 1,
+                "edges": "int8",
+                "residual_dtype": network.stream,
+            },
+        }
+    )
+    classes = tuple(map(str, range(network.classes)))
+    spec = InputSpec(network.channels, network.side, network.side, (118,) * network.channels, 1 / 64, classes)
+    model = build_network(recipe, spec)
+    shape = (4, network.channels, network.side, network.side)
+    x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.train()
+        calibrate_batchnorm(model, [x])
+        model(x)  # the 8-bit activations measure their range
+        calibrate_batchnorm(model, [x])
+    return freeze(model.eval(), x[:1])
 
 
 def bench_training_step(
