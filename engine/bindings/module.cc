@@ -6,6 +6,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -142,6 +146,14 @@ nb::tuple TypeTuple(const ValueType& t) { return nb::make_tuple(DtypeName(t.dtyp
 NB_MODULE(_engine, m) {
   m.doc() = "lowbit's native engine; lowbit.runtime is its interface.";
   m.def(
+      "release_memory",
+      [] {
+#ifdef __GLIBC__
+        malloc_trim(0);
+#endif
+      },
+      "Gives what the allocator holds unused back to the system.");
+  m.def(
       "isas",
       [] {
         nb::list rows;
@@ -192,9 +204,7 @@ NB_MODULE(_engine, m) {
       .def(
           "linear",
           [](Builder& b, const std::string& name, Value x, const Weights& w, const MaybeFloats& input_offset,
-             const MaybeFloats& weight_offset) {
-            return b.Linear(name, x, w, OffsetsOf(input_offset, weight_offset));
-          },
+             const MaybeFloats& weight_offset) { return b.Linear(name, x, w, OffsetsOf(input_offset, weight_offset)); },
           "name"_a, "x"_a, "weights"_a, "input_offset"_a = nb::none(), "weight_offset"_a = nb::none())
       .def(
           "mul", [](Builder& b, const std::string& name, Value x, const Floats& c) { return b.Mul(name, x, List(c)); },

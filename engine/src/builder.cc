@@ -120,9 +120,7 @@ class Rule {
       fail("the weight's size does not fit its shape");
     if (w.integer) {
       CheckType(w.type);
-      for (int16_t c : w.codes) {
-        if (!HasCode(w.type, c)) fail("a weight is outside its kind of codes");
-      }
+      if (!HasCodes(w.type, w.codes)) fail("a weight is outside its kind of codes");
     } else {
       for (float v : w.numbers) Finite(v);
     }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "lowbit/engine.h"
@@ -49,5 +50,29 @@ struct Network {
   std::vector<Node> nodes;
   bool finished = false;  // the output is there
 };
+
+// The network without the numbers of its weights and constants, most of its memory.
+inline Network WithoutConstants(const Network& network) {
+  Network out{{}, network.finished};
+  for (const Node& n : network.nodes) {
+    Weights shape_only{n.weights.shape, n.weights.integer, n.weights.type, {}, {}};
+    out.nodes.push_back({n.op,
+                         n.name,
+                         n.inputs,
+                         n.type,
+                         std::move(shape_only),
+                         {},
+                         {},
+                         n.geometry,
+                         n.kernel,
+                         n.groups,
+                         n.factor,
+                         n.count_include_pad,
+                         n.reciprocal,
+                         n.low,
+                         n.high});
+  }
+  return out;
+}
 
 }  // namespace lowbit

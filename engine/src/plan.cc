@@ -688,10 +688,13 @@ class Planner {
     std::vector<int32_t> ones(size_t(filters * taps));
     for (int64_t o = 0; o < filters; ++o) {
       for (int64_t t = 0; t < taps; ++t) {
-        for (int64_t c = 0; c < channels; ++c) {
-          if (w.codes[size_t((o * taps + t) * channels + c)] < 0) continue;
-          BitWord(s, o, t * words + c / 32, n.groups) |= 1u << (c % 32);
-          ++ones[size_t(o * taps + t)];
+        const int16_t* const codes = w.codes.data() + (o * taps + t) * channels;
+        for (int64_t i = 0; i < words; ++i) {
+          uint32_t word = 0;
+          const int64_t last = std::min<int64_t>(32, channels - 32 * i);
+          for (int64_t c = 0; c < last; ++c) word |= uint32_t(codes[32 * i + c] > 0) << c;
+          BitWord(s, o, t * words + i, n.groups) = word;
+          ones[size_t(o * taps + t)] += __builtin_popcount(word);
         }
       }
     }

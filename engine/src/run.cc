@@ -694,10 +694,10 @@ Engine::Engine(const Builder& builder, const Options& options) : impl_(std::make
                                 std::to_string(options.threads));
   }
   const FloatMode mode;
-  impl_->network = std::make_shared<Network>(*builder.network_);
   impl_->kernels = SelectKernels(options.isa, CpuFeatures());
   impl_->isa = impl_->kernels.isa;
-  impl_->plan = MakePlan(*impl_->network, impl_->kernels);
+  impl_->plan = MakePlan(*builder.network_, impl_->kernels);
+  impl_->network = std::make_shared<Network>(WithoutConstants(*builder.network_));  // the plan has them packed
   impl_->threads = options.threads;
   for (const PlanStep& step : impl_->plan.steps) impl_->infos.push_back(step.info);
   if (options.threads > 1) impl_->pool = std::make_unique<ThreadPool>(options.threads);

@@ -81,12 +81,24 @@ class Codes:
         """The largest integer of this type, zero point taken in."""
         return int(self.values[-1]) - min(self.zero_point, default=0)
 
+    def check(self, code: NDArray[np.integer]) -> None:
+        """Raises ValueError for an integer (zero point left out) outside the type."""
+        if code.size == 0:
+            return
+        good = int(code.min()) >= self.values[0] and int(code.max()) <= self.values[-1]
+        if good and self.kind == "bipolar":
+            good = bool(np.bitwise_and.reduce(code, axis=None) & 1)  # all are odd
+        elif good and self.kind == "table":
+            good = bool(np.isin(code, self.values).all())
+        if not good:
+            raise ValueError(f"codes outside {self.bits}-bit {self.kind}")
+
     def index(self, code: NDArray[np.integer]) -> NDArray[np.uint8]:
         """The index of every integer code (zero point left out). Raises ValueError for an integer outside the type."""
-        at = np.searchsorted(self.values, code)
-        if not np.array_equal(self.values[np.minimum(at, len(self.values) - 1)], code):
-            raise ValueError(f"codes outside {self.bits}-bit {self.kind}")
-        return at.astype(np.uint8)
+        self.check(code)
+        if self.kind == "table":
+            return np.searchsorted(self.values, code).astype(np.uint8)
+        return ((code - self.values[0]) >> (self.kind == "bipolar")).astype(np.uint8)
 
 
 def pack(index: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -104,7 +116,11 @@ def unpack(data: NDArray[np.uint8], bits: int, size: int) -> NDArray[np.uint8]:
     """The `size` indices of `bits` bits in `data`, as `pack` wrote them. Raises ValueError for a wrong length."""
     if data.size != packed_size(size, bits):
         raise ValueError(f"{size} codes of {bits} bits take {packed_size(size, bits)} bytes, not {data.size}")
+    if bits == 8:
+        return data
     stream = np.unpackbits(np.ascontiguousarray(data), count=size * bits, bitorder="little").reshape(size, bits)
+    if bits == 1:
+        return stream.reshape(size)
     return (stream << np.arange(bits, dtype=np.uint8)).sum(axis=1, dtype=np.uint8)
 
 

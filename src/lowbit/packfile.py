@@ -193,4 +193,4 @@ def _tensor_from_json(name: str, value: dict[str, Any], data: Any) -> Tensor:
         size *= s
     if data.dtype != np.uint8 or data.ndim != 1 or data.size != packed_size(size, codes.bits):
         raise FileError(f"the tensor {name!r} does not hold {size} codes of {codes.bits} bits")
-    return Tensor(codes.values[unpack(data, codes.bits, size)].reshape(shape), codes)
+    return Tensor(codes.values.take(unpack(data, codes.bits, size), mode="clip").reshape(shape), codes)

@@ -43,12 +43,13 @@ def load(source: str | os.PathLike[str] | Graph, threads: int = 1, isa: str | No
     Raises ValueError for a Graph that breaks a rule, a wrong number of threads and an isa this CPU lacks.
     """
     if isinstance(source, Graph):
-        graph = source
-    else:
-        from lowbit.packfile import read
+        return Engine(source, threads=threads, isa=isa)
+    from lowbit.packfile import read
 
-        graph = read(Path(source))
-    return Engine(graph, threads=threads, isa=isa)
+    engine = Engine(read(Path(source)), threads=threads, isa=isa)
+    # the weights, unpacked on the way to the engine, took many times the file
+    _engine.release_memory()
+    return engine
 
 
 class Engine:
