@@ -214,6 +214,38 @@ def test_float16_conversions_of_every_half() -> None:
         assert not difference(load(graph, isa=isa), x, output, values)
 
 
+@pytest.mark.parametrize("channels", [1, 15, 16])
+@pytest.mark.parametrize("filters", [2, 16, 33, 64, 80])
+@pytest.mark.parametrize("side", [3, 8, 17])
+def test_few_channels(channels: int, filters: int, side: int) -> None:
+    """Two neighbouring pixels in a lane: odd widths, more blocks of filters, and readers that take whole words (stride 2)."""
+    rng = np.random.default_rng(SEED)
+    conv = {"stride": (1, 1), "dilation": (1, 1), "padding": (1, 1, 1, 1), "groups": 1}
+    sign = {"kind": "bipolar", "bits": 1}
+    nodes = (
+        Node("input", "x", attrs={"shape": (side, side, channels), "dtype": "float32"}),
+        Node("quantize", "q", ("x",), attrs=sign),
+        Node("conv2d", "a", ("q",), {"weight": "wa"}, conv),
+        Node("mul", "ma", ("a",), {"factor": "fa"}),
+        Node("quantize", "s", ("ma",), attrs=sign),
+        Node("conv2d", "b", ("s",), {"weight": "wb"}, {**conv, "dilation": (1, 2), "padding": (0, 2, 2, 1)}),
+        Node("mul", "mb", ("b",), {"factor": "fb"}),
+        Node("conv2d", "c", ("q",), {"weight": "wc"}, {**conv, "stride": (1, 2), "padding": (0, 1, 1, 1)}),
+        Node("mul", "mc", ("c",), {"factor": "fc"}),
+        Node("global_avg_pool", "pb", ("mb",)),
+        Node("global_avg_pool", "pc", ("mc",)),
+        Node("add", "sum", ("pb", "pc")),
+        Node("output", "y", ("sum",)),
+    )
+    tensors = {"w" + n: signs(rng, filters, 3, 3, channels) for n in "ac"} | {"wb": signs(rng, filters, 3, 3, filters)}
+    tensors |= {"f" + n: Tensor(rng.normal(size=filters)) for n in "abc"}
+    graph = Graph(nodes, tensors)
+    x = rng.normal(size=(2, side, side, channels)).astype(np.float32)
+    output, values = run(graph, x, trace=True)
+    for isa in AVAILABLE:
+        assert not difference(load(graph, isa=isa), x, output, values)
+
+
 # --- products by tables ---
 
 

@@ -66,6 +66,7 @@ uint32_t CpuFeatures() {
     if (c & (1u << 14)) features |= kCpuVpopcntdq;
     if (c & (1u << 11)) features |= kCpuVnni;
     if (c & (1u << 1)) features |= kCpuVbmi;
+    if (c & (1u << 12) && b & (1u << 8)) features |= kCpuBitalg;
   }
   return features;
 #elif LOWBIT_ARM64

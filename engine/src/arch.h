@@ -32,8 +32,9 @@ enum : uint32_t {
   kCpuVpopcntdq = 1 << 3,
   kCpuVnni = 1 << 4,
   kCpuVbmi = 1 << 5,
-  kCpuNeon = 1 << 6,  // every 64-bit ARM CPU
-  kCpuI8mm = 1 << 7,
+  kCpuBitalg = 1 << 6,  // and BMI2
+  kCpuNeon = 1 << 7,    // every 64-bit ARM CPU
+  kCpuI8mm = 1 << 8,
 };
 
 // Features of this CPU that the operating system lets us use (cpuid and xgetbv).

@@ -83,6 +83,12 @@ class Planner {
     return n.groups == 1 || (n.weights.shape[3] % 32 == 0 && n.weights.shape[0] / n.groups % 32 == 0);
   }
 
+  // Popcount of at most 16 channels, two neighbouring pixels at once.
+  bool TakesHalves(const Node& n) const {
+    return kernels_.half_threshold && n.groups == 1 && type(n.inputs[0]).shape.channels <= 16 &&
+           n.geometry.stride[1] == 1 && n.offsets.weight.empty();
+  }
+
   // Integers by integers, or floats by floats, in one group, with the columns of a window side by side in memory: it
   // can be read where it lies. Few channels in wide pixels would be mostly zeros.
   bool ReadsSource(const Node& n, Rep rep, int64_t pixel) const {
@@ -133,7 +139,7 @@ class Planner {
   static int64_t TableGroups(int64_t channels) { return RoundUp(channels, kTableChannels) / kTableChannels; }
 
   Rep Reads(Value consumer, Value v) const {
-    if (IsBitConv(node(consumer))) return Rep::kBits;
+    if (IsBitConv(node(consumer))) return TakesHalves(node(consumer)) ? Rep::kHalfBits : Rep::kBits;
     if (!TakesBytes(node(consumer))) return Natural(type(v));
     // The input is stored once.
     const auto& all = consumers_[size_t(v)];
@@ -153,10 +159,11 @@ class Planner {
   int NewBuffer(Value v, Rep rep, bool dense = false) {
     Buffer b{v, rep, type(v).shape, 0};
     const int64_t c = b.shape.channels;
-    b.pixel = dense ? c : rep == Rep::kBits ? RoundUp(c, 32) / 32 : RoundUp(c, kLanes);
+    const bool bits = rep == Rep::kBits || rep == Rep::kHalfBits;
+    b.pixel = dense ? c : rep == Rep::kHalfBits ? 1 : bits ? RoundUp(c, 32) / 32 : RoundUp(c, kLanes);
     for (Value consumer : consumers_[size_t(v)]) {
       const Node& n = node(consumer);
-      if (rep == Rep::kBits ? !IsBitConv(n) : !ReadsSource(n, rep, b.pixel)) continue;
+      if (bits ? !IsBitConv(n) : !ReadsSource(n, rep, b.pixel)) continue;
       for (size_t i = 0; i < 4; ++i) b.ring[i] = std::max(b.ring[i], n.geometry.padding[i]);
     }
     if (rep == Rep::kU8) {
@@ -212,10 +219,10 @@ class Planner {
 
   // Stores v, which the epilogue holds, in every form that `readers` want.
   void Store(PlanStep& s, Value v, const std::vector<Value>& readers) {
-    for (Rep rep : {Rep::kBits, Rep::kS16, Rep::kI32, Rep::kF32, Rep::kF16, Rep::kU8}) {
+    for (Rep rep : {Rep::kBits, Rep::kHalfBits, Rep::kS16, Rep::kI32, Rep::kF32, Rep::kF16, Rep::kU8}) {
       if (std::none_of(readers.begin(), readers.end(), [&](Value c) { return Reads(c, v) == rep; })) continue;
-      constexpr Step kStore[] = {Step::kStoreBits, Step::kStoreS16, Step::kStoreI32,
-                                 Step::kStoreF32,  Step::kStoreF16, Step::kStoreU8};
+      constexpr Step kStore[] = {Step::kStoreBits, Step::kStoreHalfBits, Step::kStoreS16, Step::kStoreI32,
+                                 Step::kStoreF32,  Step::kStoreF16,      Step::kStoreU8};
       EpilogueStep& e = PushStore(s, kStore[int(rep)], v, rep);
       if (rep == Rep::kU8) e.low = float(LowestCode(type(v).codes));
     }
@@ -228,6 +235,7 @@ class Planner {
       return std::any_of(readers.begin(), readers.end(), [&](Value c) { return Reads(c, q) == rep; });
     };
     if (wants(Rep::kBits)) PushStore(s, Step::kStoreBits, q, Rep::kBits);
+    if (wants(Rep::kHalfBits)) PushStore(s, Step::kStoreHalfBits, q, Rep::kHalfBits);
     for (Rep rep : {Rep::kS16, Rep::kU8}) {
       if (!wants(rep)) continue;
       const bool bytes = rep == Rep::kU8;
@@ -680,6 +688,7 @@ class Planner {
     const Weights& w = n.weights;
     const int64_t filters = w.shape[0], channels = w.shape[3], taps = w.shape[1] * w.shape[2];
     const int64_t words = RoundUp(channels, 32) / 32;
+    s.halves = plan_.buffers[size_t(s.sources[0])].rep == Rep::kHalfBits;
     s.blocks = RoundUp(filters, kLanes) / kLanes;
     s.depth = taps * words;
     s.w_block = s.depth * kLanes;
@@ -693,7 +702,7 @@ class Planner {
           uint32_t word = 0;
           const int64_t last = std::min<int64_t>(32, channels - 32 * i);
           for (int64_t c = 0; c < last; ++c) word |= uint32_t(codes[32 * i + c] > 0) << c;
-          BitWord(s, o, t * words + i, n.groups) = word;
+          BitWord(s, o, t * words + i, n.groups) = s.halves ? word | word << 16 : word;
           ones[size_t(o * taps + t)] += __builtin_popcount(word);
         }
       }
@@ -729,8 +738,9 @@ class Planner {
   // Replaces {float steps, one store of sign bits} behind an integer convolution by one compare, where every channel
   // allows it.
   void UseThresholds(PlanStep& s, const Node& n, const ValueType& x) {
-    if (s.epilogue.empty() || s.epilogue.back().step != Step::kStoreBits || s.writes.size() != 1 || s.slots.size() != 1)
-      return;
+    if (s.epilogue.empty() || s.writes.size() != 1 || s.slots.size() != 1) return;
+    const bool half_bits = s.epilogue.back().step == Step::kStoreHalfBits;
+    if (!half_bits && s.epilogue.back().step != Step::kStoreBits) return;
     const size_t channels = size_t(n.type.shape.channels);
     const int64_t lowest =
         LowestCode(x.codes) - (x.zero_point.empty() ? 0 : *std::max_element(x.zero_point.begin(), x.zero_point.end()));
@@ -757,7 +767,7 @@ class Planner {
       // last filter get no bit: p < 0. Where the direction is turned, the filter's weights are inverted: all 32 depth
       // bits that differed agree now and the other way round, p' = 32 depth - p, so that not (p <= most)  <=>  p' <=
       // 32 depth - most - 1.
-      const int64_t all = 32 * s.depth;
+      const int64_t all = (s.halves ? 16 : 32) * s.depth;
       for (size_t at = 0; at < s.table.size(); ++at) {
         const size_t c = at % padded;
         if (c >= channels) {
@@ -776,7 +786,7 @@ class Planner {
     s.limit = Aligned<int32_t>(padded);
     for (size_t c = 0; c < channels; ++c) s.limit[c] = found[c].limit;
     EpilogueStep step = s.epilogue.back();
-    step.step = Step::kThreshold;
+    step.step = half_bits ? Step::kThresholdHalfBits : Step::kThreshold;
     step.limit = s.limit.data();
     step.flip = s.flip.data();
     s.epilogue = {step};

@@ -35,7 +35,9 @@ class Aligned {
 };
 
 inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-inline int64_t RepSize(Rep rep) { return rep == Rep::kU8 ? 1 : rep == Rep::kS16 || rep == Rep::kF16 ? 2 : 4; }
+inline int64_t RepSize(Rep rep) {
+  return rep == Rep::kU8 ? 1 : rep == Rep::kS16 || rep == Rep::kF16 || rep == Rep::kHalfBits ? 2 : 4;
+}
 
 // One stored form of one value. A value that both a popcount convolution and something else reads has two.
 struct Buffer {
@@ -120,6 +122,7 @@ struct PlanStep {
   // popcount convolutions: base or limits per border class and filter
   bool threshold = false;
   bool rows_of_3 = false;       // the taps are 3 rows of 3 words side by side
+  bool halves = false;          // kHalfBits: words are half as long
   std::vector<ptrdiff_t> taps;  // of each tap word: from a pixel's first tap, in words
   Aligned<int32_t> table;
   Aligned<int32_t> limit;  // thresholds of other integer producers

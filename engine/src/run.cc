@@ -214,6 +214,7 @@ class RowRunner {
     const int64_t group_blocks = s_.blocks / n_.groups, group_words = b.pixel / n_.groups;
     const bool thresholds = s_.threshold && s_.epilogue.empty();
     const int64_t piece = s_.batch_is_row ? Piece(s_) : x1 - x0;
+    const int64_t element = RepSize(b.rep);
     BitConv c{};
     c.taps = s_.taps.data();
     c.depth = int(s_.depth);
@@ -228,28 +229,29 @@ class RowRunner {
         c.pixels = int(std::min<int64_t>(piece, x1 - x));
         c.offset = s_.batch_is_row ? kNoOffset : s_.col_offset.data() + x;
         const char* row = Start(s_.sources[0], image) + b.at(y0 * g.stride[0] - g.padding[0], -g.padding[1]) +
-                          (x * c.pixel_step + group * group_words) * 4;
+                          (x * c.pixel_step + group * group_words) * element;
         Epilogue e{};
         if (thresholds) {
           const Buffer& to = buffer(s_.writes[0]);
-          c.bits = reinterpret_cast<uint32_t*>(At(s_.writes[0], image, y0, x)) + first / 2;
-          c.bits_step = to.pixel;
+          c.bits = At(s_.writes[0], image, y0, x) + first * 2;
+          c.bits_step = to.pixel * RepSize(to.rep);
+          c.half_bits = to.rep == Rep::kHalfBits;
         } else {
           e = EpilogueAt(image, y0, x, c.pixels, first, blocks);
           c.epilogue = &e;
         }
         for (int64_t y = y0; y < y1; ++y) {
-          c.a = reinterpret_cast<const uint32_t*>(row);
+          c.a = row;
           c.table = s_.table.data() + first * kLanes;
           if (!s_.batch_is_row) c.table += s_.row_class[size_t(y)] * s_.row_class_step;
           if (thresholds) {
-            k_.bit_threshold(c);
-            c.bits += buffer(s_.writes[0]).row();
+            (s_.halves ? k_.half_threshold : k_.bit_threshold)(c);
+            c.bits += buffer(s_.writes[0]).row() * RepSize(buffer(s_.writes[0]).rep);
           } else {
-            k_.bit_steps(c);
+            (s_.halves ? k_.half_steps : k_.bit_steps)(c);
             NextRow(e, y + 1, y1);
           }
-          row += g.stride[0] * b.row() * 4;
+          row += g.stride[0] * b.row() * element;
         }
       }
       first += blocks;
@@ -596,7 +598,12 @@ void Unload(const Buffer& b, const char* image, char* out) {
   for (int64_t y = 0; y < b.shape.height; ++y) {
     for (int64_t x = 0; x < b.shape.width; ++x) {
       const char* at = image + b.at(y, x);
-      if (b.rep == Rep::kBits) {
+      if (b.rep == Rep::kHalfBits) {
+        const uint16_t bits = *reinterpret_cast<const uint16_t*>(at);
+        int16_t* to = reinterpret_cast<int16_t*>(out);
+        for (int64_t c = 0; c < channels; ++c) to[c] = (bits >> c) & 1 ? 1 : -1;
+        out += channels * 2;
+      } else if (b.rep == Rep::kBits) {
         const uint32_t* words = reinterpret_cast<const uint32_t*>(at);
         int16_t* to = reinterpret_cast<int16_t*>(out);
         for (int64_t c = 0; c < channels; ++c) to[c] = (words[c / 32] >> (c % 32)) & 1 ? 1 : -1;
@@ -615,7 +622,7 @@ void Unload(const Buffer& b, const char* image, char* out) {
 
 int64_t DenseBytes(const Buffer& b) {
   return b.shape.height * b.shape.width * b.shape.channels *
-         (b.rep == Rep::kBits || b.rep == Rep::kU8 ? 2 : RepSize(b.rep));
+         (b.rep == Rep::kBits || b.rep == Rep::kU8 ? 2 : RepSize(b.rep));  // codes come as int16
 }
 
 }  // namespace
@@ -743,8 +750,8 @@ int64_t Engine::DebugNudgeThresholds(int delta) {
   for (PlanStep& s : impl_->plan.steps) {
     if (!s.threshold) continue;
     const int64_t channels = s.shape.channels, padded = RoundUp(channels, kLanes);
-    const bool counts = s.limit.size() == 0;  // a count starts at minus what it has to stay below
-    const int64_t last = 32 * s.depth;        // what constants have to stay below: 0, or more than all bits
+    const bool counts = s.limit.size() == 0;              // a count starts at minus what it has to stay below
+    const int64_t last = (s.halves ? 16 : 32) * s.depth;  // what constants have to stay below: 0, or more than all bits
     Aligned<int32_t>& limits = counts ? s.table : s.limit;
     for (size_t i = 0; i < limits.size(); ++i) {
       const bool constant = counts ? limits[i] >= 0 || limits[i] < -last : limits[i] == INT32_MIN;

@@ -48,7 +48,8 @@ std::optional<Threshold> FindThreshold(const std::vector<EpilogueStep>& steps, s
       case Step::kRelu:
       case Step::kClip:
       case Step::kRoundHalf:
-      case Step::kStoreBits: break;
+      case Step::kStoreBits:
+      case Step::kStoreHalfBits: break;
       default: return std::nullopt;
     }
   }

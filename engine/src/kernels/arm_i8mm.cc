@@ -17,6 +17,7 @@ namespace {
 
 #include "kernels/arm_vectors.inc"
 
+#define LOWBIT_HALVES 0
 #define LOWBIT_TABLES 0
 #define LOWBIT_BYTE_DOT 1
 struct Quads {

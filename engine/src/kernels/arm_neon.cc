@@ -15,6 +15,7 @@ namespace {
 
 #include "kernels/arm_vectors.inc"
 
+#define LOWBIT_HALVES 0
 #define LOWBIT_TABLES 0
 #define LOWBIT_BYTE_DOT 0  // no product of unsigned by signed bytes
 

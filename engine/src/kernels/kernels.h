@@ -17,8 +17,9 @@ inline constexpr int kSlack = 256;  // bytes that may be read or overwritten beh
 
 // How a value lies in memory. All are pixel-major, channels last.
 enum class Rep : uint8_t {
-  kBits,  // 1-bit bipolar codes, +1 -> bit 1; channels filled up with 0 bits to whole 32-bit words
-  kS16,   // integer codes, zero point subtracted
+  kBits,      // 1-bit bipolar codes, +1 -> bit 1; channels filled up with 0 bits to whole 32-bit words
+  kHalfBits,  // the same for at most 16 channels, filled up to 16 bits
+  kS16,       // integer codes, zero point subtracted
   kI32,
   kF32,
   kF16,
@@ -31,7 +32,7 @@ enum class Rep : uint8_t {
 struct Epilogue;
 
 struct BitConv {
-  const uint32_t* a;      // the first pixel's first tap
+  const void* a;          // the first pixel's first tap
   const ptrdiff_t* taps;  // where each tap word lies from there, in words
   int depth;              // number of tap words
   bool rows_of_3;         // they are 3 rows of 3 words side by side
@@ -44,11 +45,15 @@ struct BitConv {
   const int32_t* table;
   const int32_t* offset;
   // bit_threshold: bit = table + popcount < 0. Writes (blocks + 1) / 2 words a pixel.
-  uint32_t* bits;
-  ptrdiff_t bits_step;  // in words
+  char* bits;
+  ptrdiff_t bits_step;  // bytes
+  bool half_bits;       // at most 16 filters: 16 bits a pixel are written, not 32
   // bit_steps: the epilogue on acc, which is in no memory: `src` is not read. Its first block is that of `w`.
   const Epilogue* epilogue;
 };
+
+// half_threshold, half_steps: the same for at most 16 channels, kHalfBits: words are half as long, and each is in a
+// 32-bit word of `w` twice, once for each of two neighbouring pixels. pixel_step is 1.
 
 // --- matrix product: out[pixel][block * 16 + lane] = sum over r, k of a[pixel][r][k] * w[block][r][k][lane] ---
 // int_gemm: a is int16, k runs over pairs, w is int16 [block][r][pair][16][2], out is int32.
@@ -175,12 +180,14 @@ enum class Step : uint8_t {
   kStoreF16,
   kStoreS16,   // v is an integer
   kStoreBits,  // bit = !(v < 0)
+  kStoreHalfBits,
   kSignS16,    // v < 0 ? -1 : +1
   kQuantS16,   // clamp(rint(v * scale), low, high)
   kStoreU8,    // v - low, v is an integer
   kSignU8,     // v < 0 ? 0 : 2
   kQuantU8,    // clamp(rint(v * scale), low, high) - low
   kThreshold,  // bit = (acc >= limit) xor flip, only from an int32 source, only step
+  kThresholdHalfBits,
 };
 
 struct EpilogueStep {
@@ -213,6 +220,8 @@ struct Kernels {
   const char* isa;
   void (*bit_threshold)(const BitConv&);
   void (*bit_steps)(const BitConv&);
+  void (*half_threshold)(const BitConv&);  // these two are null where nothing counts the bits of 16-bit lanes
+  void (*half_steps)(const BitConv&);
   void (*int_gemm)(const Gemm&);
   void (*byte_gemm)(const Gemm&);  // null where the CPU has nothing faster than int_gemm for it
   void (*float_gemm)(const Gemm&);

@@ -130,6 +130,7 @@ inline I Dot(const I& sum, int32_t pair, Pairs w) {
   return EachI([&](int i) { return sum.v[i] + low * w.v[2 * i] + high * w.v[2 * i + 1]; });
 }
 
+#define LOWBIT_HALVES 0
 #define LOWBIT_TABLES 0
 #define LOWBIT_BYTE_DOT 1
 using Quads = const int8_t*;

@@ -142,6 +142,7 @@ struct BitCount {
   I Total() const { return AddI(sum, {Lanes(bytes.a), Lanes(bytes.b)}); }
 };
 
+#define LOWBIT_HALVES 0
 #define LOWBIT_TABLES 0
 #define LOWBIT_BYTE_DOT 0  // its byte products saturate
 constexpr bool kBitUnroll3x3 = false;

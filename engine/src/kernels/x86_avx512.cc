@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, DQ, VL) with VPOPCNTDQ, VNNI and VBMI: one vector is a whole block.
+// AVX-512 (F, BW, DQ, VL) with VPOPCNTDQ, VNNI, VBMI and BITALG: one vector is a whole block.
 #include "arch.h"
 
 #if LOWBIT_X86
@@ -15,7 +15,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vnni,avx512vbmi,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vpopcntdq,avx512vnni,avx512vbmi,avx512bitalg,bmi2,f16c")
 
 namespace lowbit {
 namespace {
@@ -99,6 +99,7 @@ inline I SpreadQuad(const uint8_t* p) {
 }
 inline I DotBytes(I sum, I quad, Quads w) { return _mm512_dpbusd_epi32(sum, quad, w); }
 
+#define LOWBIT_HALVES 1
 #define LOWBIT_TABLES 1
 using Bytes = __m512i;
 inline Bytes LoadBytes(const void* p) { return _mm512_loadu_si512(p); }
@@ -166,6 +167,33 @@ struct BitCount {
   }
   void Flush() {}
   I Total() const { return sum; }
+};
+
+// Counts of 16-bit lanes.
+inline I LoadWords(const uint32_t* p) { return _mm512_loadu_si512(p); }
+struct HalfCount {
+  __m512i sum;
+  // Of 32-bit lanes: the first one's low halves, the second one's as the high halves.
+  static I Both(I first, I second) { return _mm512_mask_blend_epi16(0xaaaaaaaa, first, _mm512_slli_epi32(second, 16)); }
+  void Start(I sums) { sum = sums; }
+  template <int B>
+  static I Spread(const uint16_t* two) {
+    int32_t bits;
+    std::memcpy(&bits, two, sizeof bits);
+    I x = _mm512_set1_epi32(bits);
+    if constexpr (B > 1) __asm__("" : "+v"(x));
+    return x;
+  }
+  void Add(I a, I w) {
+    const I count = _mm512_popcnt_epi16(_mm512_xor_si512(a, w));
+    __asm__("vpaddw %1, %0, %0" : "+v"(sum) : "v"(count));
+  }
+  std::pair<uint32_t, uint32_t> BelowZero() const {
+    const uint32_t signs = _mm512_movepi16_mask(sum);
+    return {_pext_u32(signs, 0x55555555), _pext_u32(signs, 0xaaaaaaaa)};
+  }
+  I First() const { return _mm512_and_si512(sum, _mm512_set1_epi32(0xffff)); }
+  I Second() const { return _mm512_srli_epi32(sum, 16); }
 };
 
 constexpr bool kBitUnroll3x3 = true;
