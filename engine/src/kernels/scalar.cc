@@ -168,7 +168,7 @@ struct BitCount {
 };
 
 constexpr bool kBitUnroll3x3 = false;
-constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4;
+constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4, kEpilogueBlocks = 1;
 constexpr int BitPixels(int) { return 2; }
 
 #include "kernels/generic.inc"

@@ -146,7 +146,7 @@ struct BitCount {
 #define LOWBIT_TABLES 0
 #define LOWBIT_BYTE_DOT 0  // its byte products saturate
 constexpr bool kBitUnroll3x3 = false;
-constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4;
+constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4, kEpilogueBlocks = 1;
 constexpr int BitPixels(int blocks) { return blocks == 1 ? 4 : 2; }
 
 #include "kernels/generic.inc"

@@ -48,6 +48,14 @@ inline void StoreU8(uint8_t* p, F x, int low) {
   const __m512i code = _mm512_sub_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(low));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(code));
 }
+inline void StoreFourU8(uint8_t* p, const F (&x)[4], int low) {
+  const __m512i first = _mm512_set1_epi32(low);
+  const auto code = [&](int i) { return _mm512_sub_epi32(_mm512_cvtps_epi32(x[i]), first); };
+  const __m512i words = _mm512_packus_epi32(code(0), code(1)), more = _mm512_packus_epi32(code(2), code(3));
+  // Packing works within lanes of 128 bits.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words, more)));
+}
 inline F RoundHalf(F x) { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 inline F Mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F Add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -197,7 +205,7 @@ struct HalfCount {
 };
 
 constexpr bool kBitUnroll3x3 = true;
-constexpr int kBitBlocks = 4, kGemmPixels = 6, kGemmBlocks = 4, kEpiloguePixels = 8;
+constexpr int kBitBlocks = 4, kGemmPixels = 6, kGemmBlocks = 4, kEpiloguePixels = 8, kEpilogueBlocks = 4;
 constexpr int BitPixels(int blocks) { return blocks > 2 ? 4 : 8; }  // 16 sums
 
 #include "kernels/generic.inc"
