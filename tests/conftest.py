@@ -1,9 +1,12 @@
-"""One thread for PyTorch; and prints the tables that tests hand over with `record_property("table", text)`, from workers too."""
+"""One thread for PyTorch; the build of the engine under test; and prints the tables that tests hand over with
+`record_property("table", text)`, from workers too."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import sys
 from typing import Any
 
 # The number of threads is part of what a sum of floats is, and tests compare runs of this process with those of others that
@@ -12,6 +15,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # What a shell starts in the background ignores Ctrl-C, and so does all that it starts: tests that interrupt would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# `make test-asan` tests a build with sanitizers in place of the installed one. Processes that tests start import this module.
+if ENGINE := os.environ.get("LOWBIT_TEST_ENGINE"):
+    _spec = importlib.util.spec_from_file_location("lowbit._engine", ENGINE)
+    assert _spec is not None
+    assert _spec.loader is not None
+    sys.modules["lowbit._engine"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["lowbit._engine"])
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

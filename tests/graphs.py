@@ -11,8 +11,14 @@ import numpy as np
 from lowbit.bits import Codes
 from lowbit.graph import OPS, Graph, Node, Tensor, ValueType, _Context
 
-CHANNELS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 32, 33, 40, 48, 63, 64, 65, 96, 128)
-KERNELS = ((1, 1), (3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (2, 2), (5, 3))
+CHANNELS = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 40, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129)
+CHANNELS += (144, 160, 191, 192, 193, 255, 256, 257)
+KERNELS = ((1, 1), (3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (2, 2), (5, 3), (4, 6), (11, 1), (2, 9))
+STEPS = (1, 2, 3, 4, 5, 7, 8)
+LONG_SIDES = (33, 50, 67, 130, 200)
+DENORMAL = (1e-45, -1e-45, 1e-40, -3e-39)
+PRODUCTS = 4_000_000
+"""About the most multiplications of one layer for one image: the interpreter and the scalar row are slow."""
 REAL = ("float32", "float16")
 
 ACTIVATIONS = ("pixels", "bipolar", "unsigned", "signed", *REAL)
@@ -47,6 +53,11 @@ def cell_of(node: Node, types: list[ValueType], tensors: dict[str, Tensor]) -> I
                 yield "offset of channels" if tensors[node.params["weight"]].data.shape[3] == 1 else "offset of groups"
         if node.op == "conv2d" and types[0].codes:
             yield f"padding of {'bits' if types[0].codes.bits == 1 else 'codes'}: {any(node.attrs['padding'])}"
+        if node.op == "conv2d" and types[0].codes and codes:
+            yield from geometry(node, types[0], tensors[node.params["weight"]])
+        if codes and tensors[node.params["weight"]].data.size > 1:
+            values = tensors[node.params["weight"]].data
+            yield from (f"weights all {end}" for end in ("lowest", "highest") if (values == codes.values[ENDS[end]]).all())
     elif node.op == "quantize":
         yield f"quantize {x[0]}"
         yield f"activation {node.attrs['kind']} {node.attrs['bits']} bits"
@@ -59,6 +70,31 @@ def cell_of(node: Node, types: list[ValueType], tensors: dict[str, Tensor]) -> I
         yield f"{node.op} {dtype}"
     else:
         yield f"{node.op} {types[0].dtype}"
+    if node.op in ("mul", "add", "prelu") and node.params:
+        (c,) = (tensors[name].data for name in node.params.values())
+        tiny = np.finfo(np.float32).tiny
+        for what, there in (("zero", c == 0), ("denormal", (c != 0) & (np.abs(c) < tiny)), ("negative", c < 0)):
+            if there.any():
+                yield f"{node.op} {what}"
+
+
+def geometry(node: Node, x: ValueType, weight: Tensor) -> Iterator[str]:
+    """The cells of a convolution of codes that its shapes fill, popcounts (of bits) apart from the others."""
+    assert x.codes is not None
+    assert weight.codes is not None
+    kind = "bits" if (x.codes.kind, x.codes.bits, weight.codes.kind, weight.codes.bits) == ("bipolar", 1) * 2 else "codes"
+    height, width, channels = x.shape
+    kernel, groups = weight.data.shape[1:3], node.attrs["groups"]
+    if kernel in SQUARE:
+        yield f"{kind}: kernel {kernel[0]}x{kernel[1]}"
+    for what in ("stride", "dilation"):
+        yield from (f"{kind}: {what} {n}" for n in STEPS[1:] if n in node.attrs[what])
+    if groups > 1:
+        yield f"{kind}: depthwise" if groups == channels == len(weight.data) else f"{kind}: groups"
+    side = "1x1" if height * width == 1 else "wide" if width > 9 * height else "narrow" if height > 9 * width else "plain"
+    yield f"{kind}: {side} map"
+    yield from (f"{kind}: {n} channels" for n in EDGES if n == channels)
+    yield from (f"{kind}: {n} filters" for n in EDGES if n == len(weight.data))
 
 
 def cells(graph: Graph) -> set[str]:
@@ -66,6 +102,11 @@ def cells(graph: Graph) -> set[str]:
     return {c for n in graph.nodes for c in cell_of(n, [types[i] for i in n.inputs], dict(graph.tensors))}
 
 
+SQUARE = ((1, 1), (3, 3), (5, 5), (7, 7))
+ENDS = {"lowest": 0, "highest": -1}
+EDGES = (15, 16, 17, 31, 32, 33, 255, 256, 257)  # around whole vectors and words
+MAPS = {"1x1": (1, 1), "wide": (2, 67), "narrow": (67, 2), "plain": (6, 7)}
+OF_CODES = {"bits": {"x": "bipolar", "w": "bipolar", "bits": 1}, "codes": {"x": "unsigned", "bits_x": 4, "w": "signed"}}
 ANY = ("codes", "int32", *REAL)
 EXPECTED: dict[str, dict[str, Any]] = {
     **{
@@ -102,15 +143,49 @@ EXPECTED: dict[str, dict[str, Any]] = {
     **{f"output {x}": {"op": "output", "x": x} for x in ANY},
     **{f"input {x}": {"input": x} for x in ("uint8", "float32")},
     **{f"padding of {x}: {p}": {} for x in ("bits", "codes") for p in (True, False)},
+    **{f"weights all {end}": {"op": "conv2d", "w": "signed", "x": "codes", "all": end} for end in ENDS},
+    **{
+        f"{kind}: {what}": {"op": "conv2d", **codes, **ask}
+        for kind, codes in OF_CODES.items()
+        for what, ask in (
+            *((f"kernel {h}x{w}", {"kernel": (h, w)}) for h, w in SQUARE),
+            *((f"{step} {n}", {step: (n, 1 + n // 2)}) for step in ("stride", "dilation") for n in STEPS[1:]),
+            ("groups", {"groups": 2, "channels": 64, "filters": 128}),
+            *((f"{side} map", {"map": size}) for side, size in MAPS.items()),
+            *((f"{n} channels", {"channels": n, "groups": 1}) for n in EDGES),
+            *((f"{n} filters", {"filters": n, "groups": 1}) for n in EDGES),
+        )
+    },
+    "codes: depthwise": {"op": "conv2d", **OF_CODES["codes"], "channels": 33, "filters": 33, "groups": 33},
+    "bits: depthwise": {"op": "conv2d", **OF_CODES["bits"], "channels": 64, "filters": 64, "groups": 64},
+    **{f"{op} {what}": {"op": op, "x": "float32", "y": "constant", "special": what} for op in ("mul", "add", "prelu") for what in ("zero", "denormal", "negative")},
 }
 """Every cell that must be filled, and what to ask `draw` for to fill it."""
 
 
-class Draw:
-    """Builds one random Graph. `latest` is the value that the next op most likely takes."""
+class Choices:
+    """Where a Draw takes its decisions from, here from a seed. `rng` fills arrays."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng = rng
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    def below(self, n: int) -> int:
+        return int(self.rng.integers(n))
+
+    def chance(self, p: float) -> bool:
+        return bool(self.rng.random() < p)
+
+
+class Draw:
+    """Builds one random Graph. `latest` is the value that the next op most likely takes.
+
+    The simplest choice always comes first (an option, no, a small number), so that choices that shrink give simple Graphs.
+    """
+
+    def __init__(self, choices: Choices, special: str = "") -> None:
+        self.choices = choices
+        self.rng = choices.rng
+        self.special = special
         self.nodes: list[Node] = []
         self.tensors: dict[str, Tensor] = {}
         self.types: dict[str, ValueType] = {}
@@ -120,17 +195,27 @@ class Draw:
     # --- small draws ---
 
     def pick(self, options: Any) -> Any:
-        return options[int(self.rng.integers(len(options)))]
+        return options[self.choices.below(len(options))]
 
     def chance(self, p: float) -> bool:
-        return bool(self.rng.random() < p)
+        return self.choices.chance(p)
 
-    def constant(self, channels: int, scale: float, special: tuple[float, ...] = (0.0, -0.0)) -> np.ndarray:
-        n = channels if self.chance(0.8) else 1
+    def between(self, low: int, high: int) -> int:
+        """low..high, both of them too."""
+        return low + self.choices.below(high - low + 1)
+
+    def constant(self, channels: int, scale: float) -> np.ndarray:
+        n = 1 if self.chance(0.2) else channels
         c = self.rng.normal(size=n) * scale
         if self.chance(0.3):
             c = np.round(c / scale * 2) / 2 * 2.0 ** np.round(np.log2(scale))  # short numbers: exact ties come about
-        c[self.rng.random(n) < 0.1] = self.pick(special)
+        special = self.pick({"zero": (0.0, -0.0), "denormal": DENORMAL}.get(self.special, (0.0, -0.0, *DENORMAL)))
+        where = self.rng.random(n) < (1.0 if self.chance(0.05) else 0.1)
+        if self.special:
+            where[0] = True
+        c[where] = special
+        if self.special == "negative" or self.chance(0.1):
+            c = -np.abs(c) - (c == 0) * scale
         return c.astype(np.float32)
 
     # --- nodes ---
@@ -149,9 +234,15 @@ class Draw:
         self.latest = name
         return name
 
-    def input(self, dtype: str, image: bool, zero_point: bool) -> str:
-        channels = int(self.pick(CHANNELS[:10]))
-        shape = (int(self.rng.integers(1, 13)), int(self.rng.integers(1, 13)), channels) if image else (channels,)
+    def input(
+        self, dtype: str, image: bool, zero_point: bool, size: tuple[int, int] | None = None, channels: int = 0
+    ) -> str:
+        sides = (self.between(1, 12), self.between(1, 12))
+        if self.chance(0.15):
+            sides = self.pick(((1, 1), (self.between(1, 3), self.pick(LONG_SIDES)), (self.pick(LONG_SIDES), self.between(1, 3))))
+        sides = sides if size is None else size
+        channels = channels or self.pick([c for c in CHANNELS if c <= 33 or sides[0] * sides[1] <= 9])
+        shape = (*sides, channels) if image else (channels,)
         attrs: dict[str, Any] = {"shape": shape, "dtype": dtype}
         if dtype == "uint8":
             z = self.rng.integers(0, 256, channels) if zero_point else np.zeros(channels, int)
@@ -175,7 +266,7 @@ class Draw:
 
     def prelu(self, v: str) -> str:
         c = self.constant(self.types[v].channels, 0.5)
-        if self.chance(0.6):
+        if self.special != "negative" and self.chance(0.6):
             c = np.abs(c)
         return self.node("prelu", (v,), self.bound[v] * max(1.0, float(np.abs(c).max())), slope=Tensor(c))
 
@@ -206,7 +297,7 @@ class Draw:
             v = self.cast(v, dtype)
         return v
 
-    def weight(self, shape: tuple[int, ...], kind: str, bits: int | None) -> Tensor:
+    def weight(self, shape: tuple[int, ...], kind: str, bits: int | None, end: str = "") -> Tensor:
         if kind == "float32":
             return Tensor((self.rng.normal(size=shape)).astype(np.float32))
         bits = bits or int(self.pick(BITS[kind]))
@@ -214,29 +305,31 @@ class Draw:
         if kind == "table":
             table = tuple(sorted(int(t) for t in self.rng.choice(np.arange(-127, 128), 2**bits, replace=False)))
         codes = Codes(kind, bits, table)
-        if self.chance(0.2):  # extremes only
+        if end or self.chance(0.1):
+            index = np.full(shape, ENDS[end or self.pick(tuple(ENDS))] % 2**bits)
+        elif self.chance(0.2):  # extremes only
             index = self.rng.integers(0, 2, shape) * (2**bits - 1)
         else:
             index = self.rng.integers(0, 2**bits, shape)
         return Tensor(codes.values[index], codes)
 
-    def window(self, v: str, kernel: tuple[int, int], dilation: tuple[int, int]) -> dict[str, Any] | None:
-        """Stride and padding that fit, or None."""
+    def steps(self) -> tuple[int, int]:
+        return (self.pick(STEPS), self.pick(STEPS)) if self.chance(0.35) else (1, 1)
+
+    def window(
+        self, v: str, kernel: tuple[int, int], dilation: tuple[int, int], stride: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        """Stride and padding that fit."""
         h, w, _ = self.types[v].shape
         extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
-        choice = self.rng.random()
-        if choice < 0.4:
+        padding = (0, 0, 0, 0)
+        if self.chance(0.4):
             padding = (extent[0] // 2, extent[1] // 2, extent[0] // 2, extent[1] // 2)
-        elif choice < 0.7:
-            padding = tuple(int(self.rng.integers(0, extent[i % 2])) for i in range(4))
-        else:
-            padding = (0, 0, 0, 0)
+        elif self.chance(0.5):
+            padding = tuple(self.between(0, extent[i % 2] - 1) for i in range(4))
         if h + padding[0] + padding[2] < extent[0] or w + padding[1] + padding[3] < extent[1]:
             padding = (extent[0] - 1, extent[1] - 1, extent[0] - 1, extent[1] - 1)  # a map smaller than the kernel
-        if h + padding[0] + padding[2] < extent[0] or w + padding[1] + padding[3] < extent[1]:
-            return None
-        stride = (1, 1) if self.chance(0.6) else (int(self.rng.integers(1, 4)), int(self.rng.integers(1, 4)))
-        return {"stride": stride, "padding": tuple(int(p) for p in padding)}
+        return {"stride": stride or self.steps(), "padding": padding}
 
     def offsets(self, v: str, weight: Tensor, which: str) -> tuple[dict[str, Tensor], float]:
         """Offsets of a product of codes, as asked for ("none" too) or by chance, and the bound of the product's value."""
@@ -254,28 +347,41 @@ class Draw:
             total = total + size * np.abs(constants["weight_offset"].data)
         return constants, bound * float(total.max())
 
-    def conv2d(self, v: str, kind: str = "", bits: int | None = None, offset: str = "") -> str:
+    def conv2d(
+        self,
+        v: str,
+        kind: str = "",
+        bits: int | None = None,
+        offset: str = "",
+        end: str = "",
+        kernel: tuple[int, int] | None = None,
+        stride: tuple[int, int] | None = None,
+        dilation: tuple[int, int] | None = None,
+        groups: int | None = None,
+        filters: int | None = None,
+    ) -> str:
         kind = kind or self.pick(WEIGHTS)
-        channels = self.types[v].channels
-        outputs = int(self.pick(CHANNELS))
-        groups = 1
-        if channels % 64 == 0 and self.chance(0.3):
-            groups, outputs = 2, 64  # whole words a group
-        elif self.chance(0.2):
-            divisors = [g for g in range(1, channels + 1) if channels % g == 0]
-            groups = int(self.pick(divisors))
-            outputs = groups * (1 if self.chance(0.5) else max(1, min(outputs, 64) // groups))
+        h, w, channels = self.types[v].shape
         slow = kind == "float32" or self.types[v].codes is None
-        kernel = self.pick([k for k in KERNELS if not slow or k[0] * k[1] * channels <= 500] or [(1, 1)])
-        dilation = (1, 1) if self.chance(0.7) else (int(self.rng.integers(1, 4)), int(self.rng.integers(1, 4)))
-        window = self.window(v, kernel, dilation)
-        if window is None:
-            window = {"stride": (1, 1), "padding": (0, 0, 0, 0)}
-            kernel = dilation = (1, 1)
-        shape = (outputs, *kernel, channels // groups)
-        weight = self.weight(shape, kind, bits)
+        # the map may grow by its padding
+        kernels = [k for k in KERNELS if k[0] * k[1] * (h + k[0]) * (w + k[1]) * channels * 16 <= PRODUCTS]
+        kernel = kernel or self.pick([k for k in kernels if not slow or k[0] * k[1] * channels <= 500] or [(1, 1)])
+        dilation = dilation or self.steps()
+        each = kernel[0] * kernel[1] * h * w * channels
+        words = [g for g in range(2, channels // 32 + 1) if channels % (32 * g) == 0]  # groups of whole words
+        if groups is None:
+            groups = 1
+            if words and self.chance(0.3):
+                groups = self.pick(words)
+                filters = groups * 32 * self.pick([1] if each * groups * 64 > PRODUCTS else [1, 2, 5])
+            elif self.chance(0.2):
+                groups = self.pick([g for g in range(1, channels + 1) if channels % g == 0])
+                each_group = self.pick((1, 2, 3, 16, 17, 33))
+                filters = groups * (each_group if groups * each_group <= 257 else 1)
+        filters = filters or self.pick([c for c in CHANNELS if c * each <= PRODUCTS] or [1])
+        weight = self.weight((filters, *kernel, channels // groups), kind, bits, end)
         constants, bound = self.offsets(v, weight, offset)
-        attrs = {**window, "dilation": dilation, "groups": groups}
+        attrs = {**self.window(v, kernel, dilation, stride), "dilation": dilation, "groups": groups}
         return self.node("conv2d", (v,), bound, attrs, weight=weight, **constants)
 
     def block(self, v: str) -> str:
@@ -287,7 +393,7 @@ class Draw:
         kind = "bipolar" if self.chance(0.8) else self.pick(WEIGHTS)
         bits = 1 if kind == "bipolar" and self.chance(0.9) else None
         v = self.mul(self.conv2d(v, kind, bits) if image else self.linear(v, kind, bits))
-        for _ in range(int(self.rng.integers(0, 4))):
+        for _ in range(self.between(0, 3)):
             step = self.pick((self.add, self.add, self.prelu, self.relu, self.clip, self.mul))
             v = step(v)
         same = [n for n, o in self.types.items() if o.dtype in REAL and o.shape == self.types[v].shape and n != v]
@@ -299,16 +405,15 @@ class Draw:
         return self.quantize(v, kind, 1 if kind == "bipolar" else int(self.pick(BITS[kind])))
 
     def linear(self, v: str, kind: str = "", bits: int | None = None, offset: str = "") -> str:
-        weight = self.weight((int(self.pick(CHANNELS)), self.types[v].channels), kind or self.pick(WEIGHTS), bits)
+        channels = self.types[v].channels
+        filters = self.pick([c for c in CHANNELS if c * channels <= PRODUCTS])
+        weight = self.weight((filters, channels), kind or self.pick(WEIGHTS), bits)
         constants, bound = self.offsets(v, weight, offset)
         return self.node("linear", (v,), bound, weight=weight, **constants)
 
     def pool(self, v: str, op: str) -> str:
-        kernel = self.pick([(2, 2), (3, 3), (1, 1), (3, 2)])
-        window = self.window(v, kernel, (1, 1))
-        if window is None:
-            kernel, window = (1, 1), {"stride": (1, 1), "padding": (0, 0, 0, 0)}
-        attrs = {**window, "kernel": kernel}
+        kernel = self.pick([(1, 1), (2, 2), (3, 3), (3, 2), (1, 5)])
+        attrs = {**self.window(v, kernel, (1, 1)), "kernel": kernel}
         if op == "avg_pool":
             attrs["count_include_pad"] = self.chance(0.5)
         return self.node(op, (v,), self.bound[v], attrs)
@@ -325,7 +430,7 @@ class Draw:
             for n, o in self.types.items()
             if (o.dtype, o.codes, o.shape[:-1]) == (t.dtype, t.codes, t.shape[:-1]) and o.channels + t.channels < 200
         ]
-        parts = (v, *(self.pick(others or [v]) for _ in range(int(self.rng.integers(1, 3)))))
+        parts = (v, *(self.pick(others or [v]) for _ in range(self.between(1, 2))))
         return self.node("concat", parts, max(self.bound[p] for p in parts))
 
     def flatten(self, v: str) -> str:
@@ -409,17 +514,25 @@ class Draw:
 
 def draw(seed: int, ask: dict[str, Any] | None = None, steps: int = 8) -> Graph:
     """A random Graph. `ask` names an `op`, the type `x` of its input, a weight kind `w`, widths: it holds that node."""
-    d = Draw(np.random.default_rng(seed))
+    return compose(Choices(seed), ask, steps)
+
+
+def compose(choices: Choices, ask: dict[str, Any] | None = None, steps: int = 8) -> Graph:
+    """As `draw`, from any choices."""
     ask = ask or {}
+    d = Draw(choices, ask.get("special", ""))
     x, op = ask.get("x", ""), ask.get("op", "")
     vector = op == "linear" or (op in ("quantize", "mul", "output", "concat") and d.chance(0.2))
+    exactly = {"size": ask.get("map"), "channels": ask.get("channels", 0)}
     dtype = ask.get("input", "uint8" if x == "pixels" else d.pick(("uint8", "uint8", "float32")))
-    v = d.input(dtype, image=not vector or d.chance(0.3), zero_point=x == "pixels" or d.chance(0.5))
+    v = d.input(dtype, image=not vector or d.chance(0.3), zero_point=x == "pixels" or d.chance(0.5), **exactly)
     product = {"kind": ask.get("w", ""), "bits": ask.get("bits"), "offset": ask.get("offset", "")}
+    product |= {k: ask[k] for k in ("kernel", "stride", "dilation", "groups", "filters") if k in ask}
+    product |= {"end": ask["all"]} if "all" in ask else {}
     if len(d.types[v].shape) == 3 and vector:
         v = d.flatten(v)
     if x and x != "pixels":
-        if d.chance(0.5) and op not in ("linear",):
+        if not any(exactly.values()) and op != "linear" and d.chance(0.5):
             v = d.linear(v) if vector else d.conv2d(v)
         match x:
             case "bipolar" | "unsigned" | "signed" | "codes":
@@ -453,7 +566,7 @@ def draw(seed: int, ask: dict[str, Any] | None = None, steps: int = 8) -> Graph:
         case "output":
             steps = 0
     straight = d.chance(0.5)  # every value has one reader: what fuses into thresholds
-    for _ in range(int(d.rng.integers(0, steps + 1))):
+    for _ in range(d.between(0, steps)):
         older = [n for n, t in d.types.items() if int(np.prod(t.shape)) <= 20_000]
         v = d.step(d.latest if straight or (d.chance(0.75) and d.latest in older) else d.pick(older))
     return d.finish()
@@ -475,17 +588,30 @@ def with_offsets(graph: Graph, seed: int = 0) -> Graph:
     return Graph(tuple(nodes), tensors, graph.meta)
 
 
+def describe(graph: Graph) -> str:
+    """One line a node: what a failing Graph is made of."""
+    lines = []
+    for node in graph.nodes:
+        constants = {role: graph.tensors[name] for role, name in node.params.items()}
+        parts = [f"{role} {t.data.shape} {t.codes or t.data.reshape(-1)[:4]}" for role, t in constants.items()]
+        parts += [f"{key}={value}" for key, value in node.attrs.items()]
+        lines.append(f"{node.name} = {node.op}({', '.join(node.inputs)})  {'; '.join(parts)}")
+    return "\n".join(lines)
+
+
 def inputs(graph: Graph, seed: int, batch: int) -> np.ndarray:
-    """A batch for `graph`: pixels with many extremes, floats with -0.0, ties and short numbers."""
+    """A batch for `graph`: pixels with many extremes, floats with -0.0, denormals, ties and short numbers."""
     rng = np.random.default_rng(seed)
     shape = (batch, *graph.input.attrs["shape"])
+    whole = rng.random((batch, *(1,) * (len(shape) - 1)))  # some images are of one extreme altogether
     if graph.input.attrs["dtype"] == "uint8":
         x = rng.integers(0, 256, shape)
         x[rng.random(shape) < 0.2] = 255
         x[rng.random(shape) < 0.2] = 0
-        return x.astype(np.uint8)
+        return np.where(whole < 0.05, 0, np.where(whole < 0.1, 255, x)).astype(np.uint8)
     x = rng.normal(size=shape)
     short = rng.random(shape) < 0.5
     x[short] = np.round(x[short] * 2) / 2
     x[rng.random(shape) < 0.1] = -0.0
-    return np.clip(x, -8, 8).astype(np.float32)
+    x[rng.random(shape) < 0.02] = DENORMAL[rng.integers(len(DENORMAL))]
+    return np.where(whole < 0.05, -8, np.where(whole < 0.1, 8, np.clip(x, -8, 8))).astype(np.float32)

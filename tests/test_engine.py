@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 
 import graphs
 from lowbit import _engine
@@ -44,6 +46,27 @@ def difference(engine: Engine, x: np.ndarray, output: np.ndarray, values: dict[s
     return "" if same(got, output) else "the output"
 
 
+class Differs(AssertionError):
+    def __init__(self, isa: str, what: str, seed: int, graph: str) -> None:
+        super().__init__(what)
+        self.isa, self.seed, self.graph = isa, seed, graph
+
+
+class Drawn(graphs.Choices):
+    """Choices that hypothesis makes, and makes smaller where a graph fails; what fills arrays comes from a drawn seed."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self.data = data
+        self.seed = data.draw(st.integers(0, 2**32 - 1))
+        super().__init__(self.seed)
+
+    def below(self, n: int) -> int:
+        return self.data.draw(st.integers(0, n - 1)) if n > 1 else 0
+
+    def chance(self, p: float) -> bool:
+        return self.data.draw(st.integers(0, 999)) >= 1000 * (1 - p)
+
+
 @dataclass
 class Campaign:
     """Every cell asked for once, then random Graphs; each on every ISA this CPU has."""
@@ -54,29 +77,61 @@ class Campaign:
     graphs: int = 0
 
     def go(self) -> None:
-        asks = [*graphs.EXPECTED.values(), *[None] * RANDOM_GRAPHS]
-        for seed, ask in enumerate(asks, SEED):
+        for seed, ask in enumerate(graphs.EXPECTED.values(), SEED):
             graph = graphs.draw(seed, ask)
-            x = graphs.inputs(graph, seed, batch=3)
-            output, values = run(graph, x, trace=True)
-            cells = graphs.cells(graph)
-            self.graphs += 1
-            for isa in AVAILABLE:
-                engine = load(graph, isa=isa)
-                what = difference(engine, x, output, values)
-                if not what and not same(engine(x[0]), output[0]):
-                    what = "a single input"
-                if not what and CORES > 1 and seed % 3 == 0:
-                    shared = load(graph, threads=2, isa=isa)
-                    shared._native._debug_always_share()
-                    what = difference(shared, x, output, values)
-                    what = what and f"with 2 threads {what}"
-                if what:
-                    self.failures[isa].append(f"draw({seed}, {ask}): {what}")
-                for cell in cells:
-                    self.seen[cell, isa] += 1
-                for step in engine.plan:
-                    self.kernels[step["kernel"], isa] += 1
+            for isa, what in self.compare(graph, seed, shared=seed % 3 == 0):
+                self.failures[isa].append(f"draw({seed}, {ask}): {what}")
+        try:
+            self.search()
+        except Differs as e:
+            self.failures[e.isa].append(f"{e}, in the smallest graph that hypothesis found (batch of inputs: {e.seed}):\n{e.graph}")
+
+    def search(self) -> None:
+        """RANDOM_GRAPHS graphs whose shapes and ops hypothesis chooses: it makes one that fails smaller, then raises."""
+
+        @seed(SEED)
+        @settings(
+            max_examples=RANDOM_GRAPHS,
+            phases=[Phase.generate, Phase.shrink],
+            database=None,
+            deadline=None,
+            report_multiple_bugs=False,
+            print_blob=False,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(st.data())
+        def one(data: st.DataObject) -> None:
+            choices = Drawn(data)
+            graph = graphs.compose(choices)
+            for isa, what in self.compare(graph, choices.seed, choices.chance(1 / 3)):
+                raise Differs(isa, what, choices.seed, graphs.describe(graph))
+
+        one()
+
+    def compare(self, graph: Graph, seed: int, shared: bool) -> list[tuple[str, str]]:
+        """Every ISA in which the engine differs from the interpreter, and in what."""
+        x = graphs.inputs(graph, seed, batch=3)
+        output, values = run(graph, x, trace=True)
+        cells = graphs.cells(graph)
+        self.graphs += 1
+        differ = []
+        for isa in AVAILABLE:
+            engine = load(graph, isa=isa)
+            what = difference(engine, x, output, values)
+            if not what and not same(engine(x[0]), output[0]):
+                what = "a single input"
+            if not what and CORES > 1 and shared:
+                both = load(graph, threads=2, isa=isa)
+                both._native._debug_always_share()
+                what = difference(both, x, output, values)
+                what = what and f"with 2 threads {what}"
+            if what:
+                differ.append((isa, what))
+            for cell in cells:
+                self.seen[cell, isa] += 1
+            for step in engine.plan:
+                self.kernels[step["kernel"], isa] += 1
+        return differ
 
     def table(self) -> str:
         rows = list(isas())
@@ -437,6 +492,7 @@ FORK = """
 import os, sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
+import conftest
 from test_engine import binary_net, load
 engine = load(binary_net(np.random.default_rng(0)), threads=2)
 engine._native._debug_always_share()

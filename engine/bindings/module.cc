@@ -177,6 +177,16 @@ NB_MODULE(_engine, m) {
       "Multiply-accumulates a second of the row's inner loops, ((best, mean) of bits, of integers); None for "
       "scalar.");
 
+  m.def(
+      "_debug_guard_pages",
+      [](const std::string& side) {
+        if (side != "" && side != "behind" && side != "before") throw std::invalid_argument("behind, before or ''");
+        DebugGuardPages(side.empty() ? Guard::kNone : side == "behind" ? Guard::kBehind : Guard::kBefore);
+      },
+      "side"_a);
+  m.def("_debug_touch", &DebugTouch, "size"_a, "at"_a);
+  m.def("_debug_without", &DebugWithout, "isa"_a);
+
   nb::class_<Weights>(m, "Weights")
       .def_static("codes", &CodeWeights, "values"_a, "kind"_a, "bits"_a, "table"_a)
       .def_static("floats", &FloatWeights, "values"_a);

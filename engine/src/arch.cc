@@ -1,6 +1,9 @@
 #include "arch.h"
 
+#include <atomic>
 #include <stdexcept>
+
+#include "lowbit/engine.h"
 
 #if LOWBIT_X86
 #include <cpuid.h>
@@ -46,9 +49,9 @@ bool HasI8mm() {
 }
 #endif
 
-}  // namespace
+std::atomic<uint32_t> without{0};  // features that tests take away
 
-uint32_t CpuFeatures() {
+uint32_t Detect() {
 #if LOWBIT_X86
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
@@ -74,6 +77,19 @@ uint32_t CpuFeatures() {
 #else
   return 0;
 #endif
+}
+
+}  // namespace
+
+uint32_t CpuFeatures() { return Detect() & ~without; }
+
+void DebugWithout(const std::string& isa) {
+  const Row* found = nullptr;
+  for (const Row& row : kRows) {
+    if (row.name == isa) found = &row;
+  }
+  if (!isa.empty() && !found) throw std::invalid_argument("unknown isa '" + isa + "'");
+  without = found ? found->needs : 0;
 }
 
 std::vector<IsaRow> IsaRows(uint32_t features) {

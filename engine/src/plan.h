@@ -1,38 +1,13 @@
 // A plan: the network as few fused steps, with packed constants and places in the workspace. Made once, at load.
 #pragma once
 
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "arch.h"
+#include "memory.h"
 #include "network.h"
 
 namespace lowbit {
-
-// Zeroed memory on a cache line, with slack behind it for whole-block loads.
-template <typename T>
-class Aligned {
- public:
-  Aligned() = default;
-  explicit Aligned(size_t size) : size_(size) {
-    const size_t bytes = size * sizeof(T) + kSlack;
-    data_.reset(static_cast<T*>(::operator new(bytes, std::align_val_t(64))));
-    std::fill_n(reinterpret_cast<char*>(data_.get()), bytes, char(0));
-  }
-  T* data() { return data_.get(); }
-  const T* data() const { return data_.get(); }
-  size_t size() const { return size_; }
-  T& operator[](size_t i) { return data_.get()[i]; }
-  const T& operator[](size_t i) const { return data_.get()[i]; }
-
- private:
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<T, Free> data_;
-  size_t size_ = 0;
-};
 
 inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t RepSize(Rep rep) {

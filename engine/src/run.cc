@@ -15,21 +15,24 @@ namespace {
 
 // The memory of one run. Kept from run to run; grows to the largest batch seen.
 struct Workspace {
-  int64_t batch = 0;
+  int64_t batch = 0;                   // what `values` has room for
+  int64_t placed = 0;                  // the batch of `places`
+  std::vector<char*> places;           // where each buffer of the plan begins
   Aligned<char> values;
+  std::vector<Aligned<char>> guarded;  // for tests: one a buffer, in place of `values`
   std::vector<Aligned<char>> scratch;  // one a thread
 };
 
 // What one thread needs to compute rows of one step.
 class RowRunner {
  public:
-  RowRunner(const Plan& plan, const PlanStep& step, const Node& node, const Kernels& kernels, char* values,
+  RowRunner(const Plan& plan, const PlanStep& step, const Node& node, const Kernels& kernels, char* const* places,
             int64_t batch, const void* input, char* scratch)
       : plan_(plan),
         s_(step),
         n_(node),
         k_(kernels),
-        values_(values),
+        places_(places),
         batch_(batch),
         input_(input),
         scratch_(scratch) {}
@@ -65,8 +68,7 @@ class RowRunner {
  private:
   const Buffer& buffer(int id) const { return plan_.buffers[size_t(id)]; }
   char* Start(int id, int64_t image) const {
-    const Buffer& b = buffer(id);
-    return values_ + b.offset * batch_ + image * b.image_bytes();
+    return places_[id] + image * buffer(id).image_bytes();
   }
   char* At(int id, int64_t image, int64_t y, int64_t x) const { return Start(id, image) + buffer(id).at(y, x); }
 
@@ -584,7 +586,7 @@ class RowRunner {
   const PlanStep& s_;
   const Node& n_;
   const Kernels& k_;
-  char* values_;
+  char* const* places_;  // of the plan's buffers
   int64_t batch_;
   const void* input_;
   char* scratch_;
@@ -661,10 +663,30 @@ struct Engine::Impl {
       w->values = Aligned<char>(size_t(plan.workspace * batch));
       w->batch = batch;
     }
+    if (w->placed != batch) {
+      w->places.clear();
+      for (const Buffer& b : plan.buffers) w->places.push_back(w->values.data() + b.offset * batch);
+      w->placed = batch;
+    }
+    return w;
+  }
+
+  // The same against guard pages, with no number in it that could be right by chance.
+  std::unique_ptr<Workspace> BorrowGuarded(int64_t batch) const {
+    auto w = std::make_unique<Workspace>();
+    for (const Buffer& b : plan.buffers) {
+      w->guarded.emplace_back(size_t(b.image_bytes() * batch), size_t(RepSize(b.rep)));
+      w->places.push_back(w->guarded.back().data());
+    }
+    for (int t = 0; t < threads; ++t) w->scratch.emplace_back(size_t(plan.scratch - kSlack));  // whose own slack is in it
+    for (auto* blocks : {&w->guarded, &w->scratch}) {
+      for (Aligned<char>& block : *blocks) std::memset(block.data(), 0xff, block.size());
+    }
     return w;
   }
 
   void Return(std::unique_ptr<Workspace> w) {
+    if (!w->guarded.empty()) return;
     const std::lock_guard lock(spare_mutex);
     spare.push_back(std::move(w));
   }
@@ -674,7 +696,7 @@ struct Engine::Impl {
     const int64_t rows =
         step.batch_is_row ? (batch + RowRunner::Piece(step) - 1) / RowRunner::Piece(step) : batch * step.shape.height;
     const auto body = [&](int thread, int64_t first, int64_t last) {
-      RowRunner(plan, step, node, kernels, w.values.data(), batch, input, w.scratch[size_t(thread)].data())
+      RowRunner(plan, step, node, kernels, w.places.data(), batch, input, w.scratch[size_t(thread)].data())
           .Rows(first, last);
     };
     if (!shared || step.nanoseconds * double(batch) < worth_threads) return body(0, 0, rows);
@@ -686,7 +708,7 @@ struct Engine::Impl {
       if (b.first != step || b.value < 0) continue;
       const int64_t bytes = DenseBytes(b);
       std::vector<char> dense(size_t(bytes * batch));
-      const char* from = w.values.data() + b.offset * batch;
+      const char* from = w.places[size_t(&b - plan.buffers.data())];
       for (int64_t i = 0; i < batch; ++i) Unload(b, from + i * b.image_bytes(), dense.data() + i * bytes);
       const Node& node = network->nodes[size_t(b.value)];
       trace(node.name, node.type, dense.data());
@@ -729,7 +751,7 @@ void Engine::Run(const void* input, int64_t batch, void* output, const Trace* tr
   std::unique_lock<std::mutex> lock(impl.pool_mutex, std::defer_lock);
   const bool shared = impl.pool && impl.pool->alive();
   if (shared) lock.lock();
-  std::unique_ptr<Workspace> w = impl.Borrow(batch);
+  std::unique_ptr<Workspace> w = CurrentGuard() == Guard::kNone ? impl.Borrow(batch) : impl.BorrowGuarded(batch);
   const FloatMode mode;
   const std::vector<PlanStep>& steps = impl.plan.steps;
   for (size_t i = 0; i < steps.size(); ++i) {
@@ -739,7 +761,7 @@ void Engine::Run(const void* input, int64_t batch, void* output, const Trace* tr
     if (trace) impl.Report(*trace, int(i), *w, batch);
   }
   const Buffer& out = impl.plan.buffers[size_t(impl.plan.output)];
-  const char* from = w->values.data() + out.offset * batch;
+  const char* from = w->places[size_t(impl.plan.output)];
   for (int64_t i = 0; i < batch; ++i)
     Unload(out, from + i * out.image_bytes(), static_cast<char*>(output) + i * DenseBytes(out));
   impl.Return(std::move(w));

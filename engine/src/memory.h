@@ -1,0 +1,54 @@
+// Memory on a cache line, with slack behind it for whole-block loads. Tests have it lie against pages that nobody may
+// touch: a read or write beyond the slack then ends the process.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <memory>
+
+#include "kernels/kernels.h"
+#include "lowbit/engine.h"
+
+namespace lowbit {
+
+// What DebugGuardPages() chose for the allocations from now on.
+Guard CurrentGuard();
+
+// A block of `bytes` with kSlack behind it, and how to give it back.
+struct Block {
+  void* data = nullptr;
+  void* pages = nullptr;  // of a guarded block: the whole mapping
+  size_t length = 0;
+};
+
+// On a cache line; `alignment` is what a guarded block has, which ends where a page does. Guarded, the slack holds 0xff
+// bytes (NaN), else 0. Throws std::bad_alloc.
+Block Allocate(size_t bytes, size_t alignment);
+void Release(const Block& block);
+
+// Zeroed memory.
+template <typename T>
+class Aligned {
+ public:
+  Aligned() = default;
+  explicit Aligned(size_t size, size_t alignment = 64) : size_(size) {
+    const Block block = Allocate(size * sizeof(T), alignment);
+    data_ = {static_cast<T*>(block.data), Free{block}};
+    std::fill_n(reinterpret_cast<char*>(data_.get()), size * sizeof(T), char(0));
+  }
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  size_t size() const { return size_; }
+  T& operator[](size_t i) { return data_.get()[i]; }
+  const T& operator[](size_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Free {
+    Block block;
+    void operator()(T*) const { Release(block); }
+  };
+  std::unique_ptr<T, Free> data_;
+  size_t size_ = 0;
+};
+
+}  // namespace lowbit
