@@ -14,10 +14,12 @@ DEMO := runs/demo
 ENGINE := CMakeLists.txt $(shell find engine -name '*.cc' -o -name '*.h' -o -name '*.inc' -o -name '*.txt')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-arm test-long test-recipes lint format bench bench-lce data clean install
+.PHONY: help demo test test-engine test-asan test-arm test-long test-recipes lint format bench bench-lce data clean install
 help:
 	@echo "make demo    train a 1-bit network on Fashion-MNIST, export it, prove it, time it (5 to 10 minutes on 2 cores)"
 	@echo "make test    the test suite"
+	@echo "make test-engine   the engine on over 2,000 random graphs, and against guard pages (about 3 minutes)"
+	@echo "make test-asan     the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 5 minutes)"
 	@echo "make test-arm      the engine's rows for ARM under qemu, on 2,000 random networks (about 5 minutes)"
 	@echo "make test-long     kill training at twenty random moments and at each file that it writes, and resume it (about 4 minutes)"
 	@echo "make test-recipes  train the papers' networks two steps at full size, export and prove them (about 25 minutes on 2 cores)"
@@ -70,6 +72,23 @@ test-arm: .venv/.installed
 	  { apt-get update -qq && apt-get install -y -qq g++-aarch64-linux-gnu qemu-user-static >/dev/null; } || true; \
 	fi
 	LOWBIT_TEST_ARM=1 LOWBIT_TEST_ARM_GRAPHS=$${LOWBIT_TEST_ARM_GRAPHS:-2000} $(BIN)/python -m pytest tests/test_arm.py
+
+# The engine against the interpreter on over 2,000 random graphs, whose seed is printed; LOWBIT_TEST_GRAPHS, LOWBIT_TEST_SEED
+# and LOWBIT_TEST_GUARDED (graphs against guard pages, each side) choose others.
+test-engine: .venv/.installed
+	LOWBIT_TEST_GRAPHS=$${LOWBIT_TEST_GRAPHS:-2000} LOWBIT_TEST_GUARDED=$${LOWBIT_TEST_GUARDED:-1500} OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow or not slow' tests/test_engine.py tests/test_guard.py
+
+# The same tests on an engine with AddressSanitizer and UndefinedBehaviorSanitizer (g++), whose library has to be loaded first.
+SANITIZED := build/sanitized
+test-asan: .venv/.installed
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_CXX_COMPILER=g++ \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DLOWBIT_SANITIZE=address,undefined >/dev/null
+	$(BIN)/cmake --build $(SANITIZED)
+	LOWBIT_TEST_ENGINE=$$(ls $(abspath $(SANITIZED))/_engine*.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	LOWBIT_TEST_GRAPHS=$${LOWBIT_TEST_GRAPHS:-300} LOWBIT_TEST_GUARDED=$${LOWBIT_TEST_GUARDED:-100} OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_engine.py tests/test_guard.py
 
 # LOWBIT_TEST_SEED=N draws the same moments again
 test-long: .venv/.installed

@@ -57,7 +57,9 @@ def cell_of(node: Node, types: list[ValueType], tensors: dict[str, Tensor]) -> I
             yield from geometry(node, types[0], tensors[node.params["weight"]])
         if codes and tensors[node.params["weight"]].data.size > 1:
             values = tensors[node.params["weight"]].data
-            yield from (f"weights all {end}" for end in ("lowest", "highest") if (values == codes.values[ENDS[end]]).all())
+            yield from (
+                f"weights all {end}" for end in ("lowest", "highest") if (values == codes.values[ENDS[end]]).all()
+            )
     elif node.op == "quantize":
         yield f"quantize {x[0]}"
         yield f"activation {node.attrs['kind']} {node.attrs['bits']} bits"
@@ -82,7 +84,9 @@ def geometry(node: Node, x: ValueType, weight: Tensor) -> Iterator[str]:
     """The cells of a convolution of codes that its shapes fill, popcounts (of bits) apart from the others."""
     assert x.codes is not None
     assert weight.codes is not None
-    kind = "bits" if (x.codes.kind, x.codes.bits, weight.codes.kind, weight.codes.bits) == ("bipolar", 1) * 2 else "codes"
+    kind = (
+        "bits" if (x.codes.kind, x.codes.bits, weight.codes.kind, weight.codes.bits) == ("bipolar", 1) * 2 else "codes"
+    )
     height, width, channels = x.shape
     kernel, groups = weight.data.shape[1:3], node.attrs["groups"]
     if kernel in SQUARE:
@@ -91,7 +95,9 @@ def geometry(node: Node, x: ValueType, weight: Tensor) -> Iterator[str]:
         yield from (f"{kind}: {what} {n}" for n in STEPS[1:] if n in node.attrs[what])
     if groups > 1:
         yield f"{kind}: depthwise" if groups == channels == len(weight.data) else f"{kind}: groups"
-    side = "1x1" if height * width == 1 else "wide" if width > 9 * height else "narrow" if height > 9 * width else "plain"
+    side = (
+        "1x1" if height * width == 1 else "wide" if width > 9 * height else "narrow" if height > 9 * width else "plain"
+    )
     yield f"{kind}: {side} map"
     yield from (f"{kind}: {n} channels" for n in EDGES if n == channels)
     yield from (f"{kind}: {n} filters" for n in EDGES if n == len(weight.data))
@@ -158,7 +164,11 @@ EXPECTED: dict[str, dict[str, Any]] = {
     },
     "codes: depthwise": {"op": "conv2d", **OF_CODES["codes"], "channels": 33, "filters": 33, "groups": 33},
     "bits: depthwise": {"op": "conv2d", **OF_CODES["bits"], "channels": 64, "filters": 64, "groups": 64},
-    **{f"{op} {what}": {"op": op, "x": "float32", "y": "constant", "special": what} for op in ("mul", "add", "prelu") for what in ("zero", "denormal", "negative")},
+    **{
+        f"{op} {what}": {"op": op, "x": "float32", "y": "constant", "special": what}
+        for op in ("mul", "add", "prelu")
+        for what in ("zero", "denormal", "negative")
+    },
 }
 """Every cell that must be filled, and what to ask `draw` for to fill it."""
 
@@ -239,7 +249,9 @@ class Draw:
     ) -> str:
         sides = (self.between(1, 12), self.between(1, 12))
         if self.chance(0.15):
-            sides = self.pick(((1, 1), (self.between(1, 3), self.pick(LONG_SIDES)), (self.pick(LONG_SIDES), self.between(1, 3))))
+            sides = self.pick(
+                ((1, 1), (self.between(1, 3), self.pick(LONG_SIDES)), (self.pick(LONG_SIDES), self.between(1, 3)))
+            )
         sides = sides if size is None else size
         channels = channels or self.pick([c for c in CHANNELS if c <= 33 or sides[0] * sides[1] <= 9])
         shape = (*sides, channels) if image else (channels,)
@@ -374,6 +386,8 @@ class Draw:
             if words and self.chance(0.3):
                 groups = self.pick(words)
                 filters = groups * 32 * self.pick([1] if each * groups * 64 > PRODUCTS else [1, 2, 5])
+            elif self.chance(0.1):
+                groups = filters = channels
             elif self.chance(0.2):
                 groups = self.pick([g for g in range(1, channels + 1) if channels % g == 0])
                 each_group = self.pick((1, 2, 3, 16, 17, 33))
@@ -403,6 +417,19 @@ class Draw:
             v = self.cast(v, "float16")
         kind = self.pick(("bipolar", "bipolar", "bipolar", "signed"))
         return self.quantize(v, kind, 1 if kind == "bipolar" else int(self.pick(BITS[kind])))
+
+    def chain(self, v: str) -> str:
+        """Two products with float steps and a sign between them that nothing else reads: what the engine makes thresholds of."""
+        product = self.conv2d if len(self.types[v].shape) == 3 else self.linear
+        if self.types[v].codes is None:
+            v = self.quantize(self.real(v), "bipolar", 1)
+        kind = self.pick(WEIGHTS[:4]) if self.chance(0.4) else "bipolar"
+        v = self.mul(product(v, kind, 1 if kind == "bipolar" else None, "none"))
+        for _ in range(self.between(0, 3)):
+            v = self.pick((self.add, self.relu, self.clip, self.mul, self.prelu))(v)
+        if self.chance(0.3):
+            v = self.cast(v, "float16")
+        return product(self.quantize(v, "bipolar", 1), "bipolar", 1)
 
     def linear(self, v: str, kind: str = "", bits: int | None = None, offset: str = "") -> str:
         channels = self.types[v].channels
@@ -445,7 +472,7 @@ class Draw:
         pixels = bool(t.codes and t.codes.zero_point)
         if self.bound[v] > 1e6:
             return self.mul(v)
-        options = ["mul"] + (["block"] * 5 if t.dtype != "int32" else [])
+        options = ["mul"] + (["chain"] * 5 + ["block"] * 5 if t.dtype != "int32" else [])
         if image and int(np.prod(t.shape)) <= 600:
             options.append("flatten")
         if t.dtype != "int32":
@@ -459,7 +486,7 @@ class Draw:
                 options += ["max_pool", "avg_pool", "global_avg_pool"]
         if t.dtype in REAL:
             options = (
-                ["conv2d" if image else "linear", "block"]
+                ["conv2d" if image else "linear", "chain", "block"]
                 if self.chance(0.3)
                 else [o for o in options if o not in ("conv2d", "linear")]
             )
@@ -566,7 +593,7 @@ def compose(choices: Choices, ask: dict[str, Any] | None = None, steps: int = 8)
         case "output":
             steps = 0
     straight = d.chance(0.5)  # every value has one reader: what fuses into thresholds
-    for _ in range(d.between(0, steps)):
+    for _ in range(d.between(min(1, steps), steps)):
         older = [n for n, t in d.types.items() if int(np.prod(t.shape)) <= 20_000]
         v = d.step(d.latest if straight or (d.chance(0.75) and d.latest in older) else d.pick(older))
     return d.finish()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import re
 import subprocess
 import sys
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 import graphs
@@ -29,7 +35,7 @@ CORES = os.cpu_count() or 1
 AVAILABLE = [isa for isa, available in isas().items() if available]
 KERNELS = ("bit_conv", "int_gemm", "float_gemm", "depthwise_int", "depthwise_float", "pool", "elementwise")
 KERNELS += ("bit_conv+threshold", "int_gemm+threshold", "concat", "flatten", "pixel_shuffle", "code_sums")
-KERNELS += ("byte_gemm", "byte_gemm+threshold")
+KERNELS += ("byte_gemm", "byte_gemm+threshold", "depthwise_int+threshold")
 NOWHERE = {(f"byte_gemm{end}", isa) for end in ("", "+threshold") for isa in ("avx2", "neon")}  # no product for it
 
 
@@ -46,7 +52,7 @@ def difference(engine: Engine, x: np.ndarray, output: np.ndarray, values: dict[s
     return "" if same(got, output) else "the output"
 
 
-class Differs(AssertionError):
+class DifferenceError(AssertionError):
     def __init__(self, isa: str, what: str, seed: int, graph: str) -> None:
         super().__init__(what)
         self.isa, self.seed, self.graph = isa, seed, graph
@@ -74,6 +80,7 @@ class Campaign:
     failures: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     seen: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     kernels: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
+    ran: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     graphs: int = 0
 
     def go(self) -> None:
@@ -83,13 +90,15 @@ class Campaign:
                 self.failures[isa].append(f"draw({seed}, {ask}): {what}")
         try:
             self.search()
-        except Differs as e:
-            self.failures[e.isa].append(f"{e}, in the smallest graph that hypothesis found (batch of inputs: {e.seed}):\n{e.graph}")
+        except DifferenceError as e:
+            self.failures[e.isa].append(
+                f"{e}, in the smallest graph that hypothesis found (batch of inputs: {e.seed}):\n{e.graph}"
+            )
 
     def search(self) -> None:
         """RANDOM_GRAPHS graphs whose shapes and ops hypothesis chooses: it makes one that fails smaller, then raises."""
 
-        @seed(SEED)
+        @seeded(SEED)
         @settings(
             max_examples=RANDOM_GRAPHS,
             phases=[Phase.generate, Phase.shrink],
@@ -104,7 +113,7 @@ class Campaign:
             choices = Drawn(data)
             graph = graphs.compose(choices)
             for isa, what in self.compare(graph, choices.seed, choices.chance(1 / 3)):
-                raise Differs(isa, what, choices.seed, graphs.describe(graph))
+                raise DifferenceError(isa, what, choices.seed, graphs.describe(graph))
 
         one()
 
@@ -117,6 +126,8 @@ class Campaign:
         differ = []
         for isa in AVAILABLE:
             engine = load(graph, isa=isa)
+            assert engine.isa == isa
+            self.ran[isa] += 1
             what = difference(engine, x, output, values)
             if not what and not same(engine(x[0]), output[0]):
                 what = "a single input"
@@ -156,9 +167,26 @@ def campaign() -> Campaign:
 @pytest.mark.parametrize("isa", isas())
 def test_equals_the_interpreter(campaign: Campaign, isa: str) -> None:
     if isa not in AVAILABLE:
-        pytest.skip(f"this CPU has no {isa}")
+        pytest.skip(f"NOT TESTED HERE: this CPU has no {isa}")
+    assert campaign.ran[isa] == campaign.graphs > RANDOM_GRAPHS
     failures = campaign.failures[isa]
     assert not failures, f"{len(failures)} graphs differ on {isa}; the first: {failures[0]}"
+
+
+FLAGS = {
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vpopcntdq", "avx512_vnni"},
+    "avx2": {"avx2", "f16c"},
+    "scalar": set(),
+}
+"""What Linux calls the features that a row needs."""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not Path("/proc/cpuinfo").exists(), reason="x86 and Linux only")
+def test_every_row_that_this_cpu_can_run_is_reported() -> None:
+    """A row that the engine took for missing would be skipped by every test."""
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    assert flags
+    assert isas() == {isa: FLAGS[isa] <= set(flags[1].split()) for isa in isas()}
 
 
 def test_no_cell_is_empty(campaign: Campaign, record_property: Callable[[str, object], None]) -> None:
@@ -171,6 +199,25 @@ def test_no_cell_is_empty(campaign: Campaign, record_property: Callable[[str, ob
         if not campaign.kernels[kernel, isa] and (kernel, isa) not in NOWHERE
     ]
     assert not empty
+
+
+@pytest.mark.slow
+def test_a_graph_that_fails_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every threshold off by one: what is reported is little more than two products and the steps between them."""
+    right = load
+
+    def load_wrong(graph: Graph, **options: Any) -> Engine:
+        engine = right(graph, **options)
+        engine._native._debug_nudge_thresholds(1)
+        return engine
+
+    monkeypatch.setitem(globals(), "load", load_wrong)
+    monkeypatch.setitem(globals(), "AVAILABLE", AVAILABLE[:1])
+    with pytest.raises(DifferenceError) as caught:
+        Campaign().search()
+    lines = caught.value.graph.splitlines()
+    assert len(lines) <= 10, lines
+    assert all("(1, 1, 1, 1)" in line or "(1, 1)" in line for line in lines if "weight" in line), lines
 
 
 # --- one convolution, by hand ---
@@ -449,6 +496,45 @@ def test_large_sums_are_rounded_once() -> None:
         assert same(load(graph, isa=isa)(x), expected)
 
 
+@pytest.mark.parametrize("zero_point", [0, 255])
+@pytest.mark.parametrize("op", ["linear", "conv2d"])
+def test_accumulators_at_the_ends_of_int32(op: str, zero_point: int) -> None:
+    """2147483520 and -2130705408: sums may pass the ends on their way, thresholds lie beside them."""
+    rng = np.random.default_rng(SEED)
+    size = 21_931  # three times as many largest products stay 127 below 2^31
+    rows = np.stack([np.full((3, size), -128), np.full((3, size), 127), rng.integers(-128, 128, (3, size))])
+    rows = np.concatenate([rows, np.resize([-128, 127], (1, 3, size))])
+    weight = rows.reshape(4, -1) if op == "linear" else rows.reshape(4, 3, 1, size)
+    code = {"kind": "bipolar", "bits": 1}
+    attrs = {"stride": (1, 1), "dilation": (1, 1), "padding": (1, 0, 2, 0), "groups": 1}
+    x = Node("input", "x", attrs={"shape": (3, 1, size), "dtype": "uint8", "zero_point": (zero_point,) * size})
+    begin = (x, Node("flatten", "f", ("x",))) if op == "linear" else (x,)
+    product = Node(op, "p", (begin[-1].name,), {"weight": "w"}, {} if op == "linear" else attrs)
+    v = Node(op, "v", ("s",), {"weight": "one"}, {} if op == "linear" else {**attrs, "padding": (0,) * 4})
+    end = (
+        Node("add", "a", ("m",), {"term": "t"}),
+        Node("quantize", "s", ("a",), attrs=code),
+        v,
+        Node("output", "y", ("v",)),
+    )
+    tensors = {"w": Tensor(weight, EIGHT), "f": Tensor(np.ones(1))}
+    tensors["one"] = signs(rng, *((4, 4) if op == "linear" else (4, 1, 1, 4)))
+    inputs = rng.integers(0, 256, (4, 3, 1, size)).astype(np.uint8)
+    inputs[0], inputs[1] = 0, 255
+    bare = Graph((*begin, product, Node("output", "y", ("p",))), {"w": tensors["w"]})
+    expected = bare.run(inputs)
+    assert max(-int(expected.min()), int(expected.max())) == 3 * size * 255 * 128
+    steps = (*begin, product, Node("mul", "m", ("p",), {"factor": "f"}), *end)
+    for limit in (2147483520, -2147483520, -2130705408):
+        graph = Graph(steps, {**tensors, "t": Tensor(np.full(1, -limit))})
+        output, values = run(graph, inputs, trace=True)
+        for isa in AVAILABLE:
+            assert same(load(bare, isa=isa)(inputs), expected)
+            engine = load(graph, isa=isa)
+            assert any("threshold" in step["kernel"] for step in engine.plan)
+            assert not difference(engine, inputs, output, values)
+
+
 # --- batches, threads ---
 
 
@@ -486,6 +572,90 @@ def test_one_engine_in_many_python_threads(threads: int) -> None:
     for w in workers:
         w.join()
     assert not wrong
+
+
+def test_several_engines_at_once() -> None:
+    rng = np.random.default_rng(SEED)
+    cases = []
+    for i, isa in enumerate(AVAILABLE * 2):
+        graph = binary_net(rng, channels=32 + 16 * i)
+        x = rng.normal(size=(3, 9, 9, 32 + 16 * i)).astype(np.float32)
+        cases.append((load(graph, threads=min(1 + i % 2, CORES), isa=isa), x, graph.run(x)))
+    wrong: list[str] = []
+
+    def work(engine: Engine, x: np.ndarray, expected: np.ndarray) -> None:
+        engine._native._debug_always_share()
+        for _ in range(30):
+            if not same(engine(x), expected):
+                wrong.append(engine.isa)
+
+    workers = [threading.Thread(target=work, args=case) for case in cases]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    assert not wrong
+
+
+def steps_meanwhile(work: Callable[[], object]) -> int:
+    """How often this thread gets to run while another does `work`."""
+    worker = threading.Thread(target=work)
+    worker.start()
+    steps = 0
+    while worker.is_alive():
+        steps += 1
+        time.sleep(0.001)
+    return steps
+
+
+def test_the_gil_is_released() -> None:
+    rng = np.random.default_rng(SEED)
+    engine = load(binary_net(rng), isa="scalar")
+    x = rng.normal(size=(20, 9, 9, 48)).astype(np.float32)
+    start = time.perf_counter()
+    engine(x)
+    x = np.repeat(x, int(0.5 / (time.perf_counter() - start)) + 1, axis=0)  # about half a second of one call
+    held = ctypes.PyDLL(None).usleep  # the same with the GIL held: what this test would see if it were not released
+    assert steps_meanwhile(lambda: held(300_000)) <= 2
+    assert (
+        steps_meanwhile(
+            lambda: engine._native.run(x.reshape(-1).view(np.uint8), len(x), np.empty(x.nbytes, np.uint8), False)
+        )
+        >= 10
+    )
+
+
+LOAD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import conftest
+import numpy as np
+from lowbit.runtime import load
+print("ready", flush=True)
+input()
+for _ in range(20):
+    net = load(sys.argv[2])
+    x = np.zeros((2, *net.input_shape), net.input_dtype)
+    print(net(x).tobytes().hex())
+"""
+
+
+def test_two_processes_load_one_file() -> None:
+    here = Path(__file__).parent
+    golden = here / "golden" / "format1.lowbit"
+    net = load(golden)
+    expected = net(np.zeros((2, *net.input_shape), net.input_dtype)).tobytes().hex()
+    command = [sys.executable, "-c", LOAD, str(here), str(golden)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline() == "ready\n"
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in both:
+        assert process.communicate(timeout=60)[0].split() == [expected] * 20
+        assert process.returncode == 0
 
 
 FORK = """
@@ -542,7 +712,73 @@ def test_isa_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         load(graph)
 
 
-@pytest.mark.parametrize("threads", [0, -1, 10**6, 10**30])
+@pytest.fixture
+def without() -> Iterator[Callable[[str], None]]:
+    """Takes the features that a row needs from this CPU."""
+    yield _engine._debug_without
+    _engine._debug_without("")
+
+
+@pytest.mark.parametrize("isa", AVAILABLE[:-1])
+def test_refuses_a_row_that_the_cpu_lacks(
+    isa: str, without: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = binary_net(np.random.default_rng(SEED))
+    without(isa)
+    assert not isas()[isa]
+    assert load(graph).isa == next(other for other, available in isas().items() if available) != isa
+    with pytest.raises(ValueError, match=f"isa '{isa}' can't run on this CPU"):
+        load(graph, isa=isa)
+    monkeypatch.setenv("LOWBIT_ISA", isa)
+    with pytest.raises(ValueError, match=f"isa '{isa}' can't run on this CPU"):
+        load(graph)
+    without("")
+    assert load(graph).isa == isa
+
+
+def test_what_a_row_leaves_out_comes_from_the_next_that_the_cpu_has(without: Callable[[str], None]) -> None:
+    """The same numbers on a CPU without the rows in between."""
+    rng = np.random.default_rng(SEED)
+    graph = one_product(rng, EIGHT, EIGHT, side=7, channels=33, filters=17, roles="input", padding=(1, 1, 1, 1))
+    x = (rng.normal(size=(2, 7, 7, 33)) * 40).astype(np.float32)
+    output, values = run(graph, x, trace=True)
+    for gone in AVAILABLE[:-1]:
+        without(gone)
+        for isa in (isa for isa, available in isas().items() if available):
+            assert not difference(load(graph, isa=isa), x, output, values)
+
+
+def test_refuses_accumulators_beyond_int32_by_layer() -> None:
+    size = 65_536
+    nodes = (
+        Node("input", "x", attrs={"shape": (2, 1, size), "dtype": "uint8", "zero_point": (0,) * size}),
+        Node("flatten", "f", ("x",)),
+        Node("linear", "head", ("f",), {"weight": "w"}),
+        Node("output", "y", ("head",)),
+    )
+    graph = Graph(nodes, {"w": Tensor(np.full((1, 2 * size), 127), EIGHT)})
+    with pytest.raises(ValueError, match=r"^head .linear.: the accumulator could reach 4244766720, beyond 32 bits"):
+        load(graph)
+
+
+def test_native_refuses_buffers_that_do_not_fit() -> None:
+    native = load(binary_net(np.random.default_rng(SEED)))._native
+    one = np.zeros(9 * 9 * 48 * 4, np.uint8)
+    native.run(one, 1, one.copy(), False)
+    for x, batch, out in (
+        (one, 0, one),
+        (one[:0], 0, one[:0]),
+        (one, -1, one),
+        (one, 2, one),
+        (one, 1, one[:-1]),
+        (one[1:], 1, one),
+    ):
+        for call in (lambda *a: native.run(*a, False), native.profile):
+            with pytest.raises(ValueError, match="the buffers do not fit the batch"):
+                call(x, batch, out)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10**6, 10**30, CORES + 1])
 def test_refuses_threads(threads: int) -> None:
     with pytest.raises(ValueError, match="threads must be 1"):
         load(binary_net(np.random.default_rng(SEED)), threads=threads)

@@ -102,8 +102,11 @@ def test_a_byte_too_far_ends_the_process(what: str, size: int) -> None:
 
 
 @pytest.mark.skipif(not SANITIZED, reason="not a build with sanitizers: `make test-asan`")
-def test_the_sanitizer_sees_a_byte_too_far() -> None:
+def test_the_sanitizers_see_a_byte_too_far() -> None:
     assert python(f"_engine._debug_touch(100, {100 + SLACK - 1})").returncode == 0
     done = python(f"_engine._debug_touch(100, {100 + SLACK})")
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
+    done = python(f"_engine._debug_touch(100, {2**63 - 1})")
+    assert done.returncode != 0
+    assert "runtime error: pointer index expression" in done.stderr

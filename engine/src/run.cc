@@ -15,9 +15,9 @@ namespace {
 
 // The memory of one run. Kept from run to run; grows to the largest batch seen.
 struct Workspace {
-  int64_t batch = 0;                   // what `values` has room for
-  int64_t placed = 0;                  // the batch of `places`
-  std::vector<char*> places;           // where each buffer of the plan begins
+  int64_t batch = 0;          // what `values` has room for
+  int64_t placed = 0;         // the batch of `places`
+  std::vector<char*> places;  // where each buffer of the plan begins
   Aligned<char> values;
   std::vector<Aligned<char>> guarded;  // for tests: one a buffer, in place of `values`
   std::vector<Aligned<char>> scratch;  // one a thread
@@ -67,9 +67,7 @@ class RowRunner {
 
  private:
   const Buffer& buffer(int id) const { return plan_.buffers[size_t(id)]; }
-  char* Start(int id, int64_t image) const {
-    return places_[id] + image * buffer(id).image_bytes();
-  }
+  char* Start(int id, int64_t image) const { return places_[id] + image * buffer(id).image_bytes(); }
   char* At(int id, int64_t image, int64_t y, int64_t x) const { return Start(id, image) + buffer(id).at(y, x); }
 
   static void ZeroHalves(char* at, int64_t count) {  // a few only: a call of memset costs more
@@ -678,7 +676,8 @@ struct Engine::Impl {
       w->guarded.emplace_back(size_t(b.image_bytes() * batch), size_t(RepSize(b.rep)));
       w->places.push_back(w->guarded.back().data());
     }
-    for (int t = 0; t < threads; ++t) w->scratch.emplace_back(size_t(plan.scratch - kSlack));  // whose own slack is in it
+    for (int t = 0; t < threads; ++t)
+      w->scratch.emplace_back(size_t(plan.scratch - kSlack));  // whose own slack is in it
     for (auto* blocks : {&w->guarded, &w->scratch}) {
       for (Aligned<char>& block : *blocks) std::memset(block.data(), 0xff, block.size());
     }
