@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 SEED = int(os.environ.get("LOWBIT_TEST_SEED", "20261"))
-GRAPHS = int(os.environ.get("LOWBIT_TEST_GUARDED", "400"))
+GRAPHS = int(os.environ.get("LOWBIT_TEST_GUARDED", "200"))
 SLACK = 256  # kSlack of kernels.h
 SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
 

@@ -25,7 +25,7 @@ Block Guarded(size_t bytes, size_t alignment, Guard side) {
     munmap(pages, length);
     throw std::bad_alloc();
   }
-  std::memset(behind ? first : first + page, 0xff, inside);
+  std::memset(behind ? first : first + page, Garbage(side), inside);
   return {behind ? first + (inside - bytes) / alignment * alignment : first + page, pages, length};
 }
 

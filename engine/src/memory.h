@@ -14,19 +14,23 @@ namespace lowbit {
 // What DebugGuardPages() chose for the allocations from now on.
 Guard CurrentGuard();
 
-// A block of `bytes` with kSlack behind it, and how to give it back.
+// The byte that guarded memory is filled with, so that nothing in it is right by chance: 0xff makes NaN and -1, 0x7f
+// large numbers of every type.
+inline int Garbage(Guard side) { return side == Guard::kBehind ? 0xff : 0x7f; }
+
+// How to give memory back.
 struct Block {
   void* data = nullptr;
   void* pages = nullptr;  // of a guarded block: the whole mapping
   size_t length = 0;
 };
 
-// On a cache line; `alignment` is what a guarded block has, which ends where a page does. Guarded, the slack holds 0xff
-// bytes (NaN), else 0. Throws std::bad_alloc.
+// `bytes` and kSlack, on a cache line; guarded, at `alignment`, so that they end where a page does. Throws
+// std::bad_alloc.
 Block Allocate(size_t bytes, size_t alignment);
 void Release(const Block& block);
 
-// Zeroed memory.
+// Zeroed memory; what is in its slack is nobody's business.
 template <typename T>
 class Aligned {
  public:

@@ -669,8 +669,8 @@ struct Engine::Impl {
     return w;
   }
 
-  // The same against guard pages, with no number in it that could be right by chance.
-  std::unique_ptr<Workspace> BorrowGuarded(int64_t batch) const {
+  // The same against guard pages, filled with garbage.
+  std::unique_ptr<Workspace> BorrowGuarded(int64_t batch, Guard side) const {
     auto w = std::make_unique<Workspace>();
     for (const Buffer& b : plan.buffers) {
       w->guarded.emplace_back(size_t(b.image_bytes() * batch), size_t(RepSize(b.rep)));
@@ -679,7 +679,7 @@ struct Engine::Impl {
     for (int t = 0; t < threads; ++t)
       w->scratch.emplace_back(size_t(plan.scratch - kSlack));  // whose own slack is in it
     for (auto* blocks : {&w->guarded, &w->scratch}) {
-      for (Aligned<char>& block : *blocks) std::memset(block.data(), 0xff, block.size());
+      for (Aligned<char>& block : *blocks) std::memset(block.data(), Garbage(side), block.size());
     }
     return w;
   }
@@ -750,7 +750,8 @@ void Engine::Run(const void* input, int64_t batch, void* output, const Trace* tr
   std::unique_lock<std::mutex> lock(impl.pool_mutex, std::defer_lock);
   const bool shared = impl.pool && impl.pool->alive();
   if (shared) lock.lock();
-  std::unique_ptr<Workspace> w = CurrentGuard() == Guard::kNone ? impl.Borrow(batch) : impl.BorrowGuarded(batch);
+  const Guard guard = CurrentGuard();
+  std::unique_ptr<Workspace> w = guard == Guard::kNone ? impl.Borrow(batch) : impl.BorrowGuarded(batch, guard);
   const FloatMode mode;
   const std::vector<PlanStep>& steps = impl.plan.steps;
   for (size_t i = 0; i < steps.size(); ++i) {

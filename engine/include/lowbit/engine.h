@@ -184,15 +184,15 @@ std::optional<Peak> MeasurePeak(const std::string& isa, double seconds);
 // --- for tests only ---
 
 // From now on every buffer and constant of an engine lies against a page that nobody may touch: in front of it, or
-// behind it and its slack. Each buffer of a run then has memory of its own, filled with 0xff before the run.
+// behind it and its slack. Each buffer of a run then has memory of its own, filled with garbage before the run.
 enum class Guard : uint8_t { kNone, kBehind, kBefore };
 void DebugGuardPages(Guard side);
 
 // Reads the byte `at` of a fresh buffer of `size` bytes: shows that an over-read is seen.
 int DebugTouch(int64_t size, int64_t at);
 
-// As if this CPU lacked every feature that row `isa` needs; an empty name ends that. Throws std::invalid_argument for an
-// unknown row.
+// As if this CPU lacked every feature that row `isa` needs; an empty name ends that. Throws std::invalid_argument for
+// an unknown row.
 void DebugWithout(const std::string& isa);
 
 }  // namespace lowbit
