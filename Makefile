@@ -19,7 +19,7 @@ help:
 	@echo "make demo    train a 1-bit network on Fashion-MNIST, export it, prove it, time it (5 to 10 minutes on 2 cores)"
 	@echo "make test    the test suite"
 	@echo "make test-engine   the engine on over 2,000 random graphs, and against guard pages (about 3 minutes)"
-	@echo "make test-asan     the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 5 minutes)"
+	@echo "make test-asan     the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 6 minutes)"
 	@echo "make test-arm      the engine's rows for ARM under qemu, on 2,000 random networks (about 5 minutes)"
 	@echo "make test-long     kill training at twenty random moments and at each file that it writes, and resume it (about 4 minutes)"
 	@echo "make test-recipes  train the papers' networks two steps at full size, export and prove them (about 25 minutes on 2 cores)"
@@ -82,7 +82,7 @@ test-engine: .venv/.installed
 # The same tests on an engine with AddressSanitizer and UndefinedBehaviorSanitizer (g++), whose library has to be loaded first.
 SANITIZED := build/sanitized
 test-asan: .venv/.installed
-	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_CXX_COMPILER=g++ \
+	CXX=g++ $(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DLOWBIT_SANITIZE=address,undefined >/dev/null
 	$(BIN)/cmake --build $(SANITIZED)
 	LOWBIT_TEST_ENGINE=$$(ls $(abspath $(SANITIZED))/_engine*.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
