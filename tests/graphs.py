@@ -93,6 +93,14 @@ def geometry(node: Node, x: ValueType, weight: Tensor) -> Iterator[str]:
         yield f"{kind}: kernel {kernel[0]}x{kernel[1]}"
     for what in ("stride", "dilation"):
         yield from (f"{kind}: {what} {n}" for n in STEPS[1:] if n in node.attrs[what])
+    if (
+        kind == "codes"
+        and channels > 31
+        and len(weight.data) > 63
+        and x.codes.kind == "unsigned"
+        and not x.codes.zero_point
+    ):
+        yield f"codes: {x.codes.bits} x {weight.codes.kind} {weight.codes.bits} bits, many filters"
     if groups > 1:
         yield f"{kind}: depthwise" if groups == channels == len(weight.data) else f"{kind}: groups"
     side = (
@@ -112,6 +120,15 @@ SQUARE = ((1, 1), (3, 3), (5, 5), (7, 7))
 ENDS = {"lowest": 0, "highest": -1}
 EDGES = (15, 16, 17, 31, 32, 33, 255, 256, 257)  # around whole vectors and words
 MAPS = {"1x1": (1, 1), "wide": (2, 67), "narrow": (67, 2), "plain": (6, 7)}
+MANY = {
+    "channels": 97,
+    "filters": 129,
+    "groups": 1,
+    "kernel": (3, 3),
+    "stride": (1, 1),
+    "dilation": (1, 1),
+    "map": (6, 7),
+}
 OF_CODES = {"bits": {"x": "bipolar", "w": "bipolar", "bits": 1}, "codes": {"x": "unsigned", "bits_x": 4, "w": "signed"}}
 ANY = ("codes", "int32", *REAL)
 EXPECTED: dict[str, dict[str, Any]] = {
@@ -156,6 +173,12 @@ EXPECTED: dict[str, dict[str, Any]] = {
         for what, ask in (
             *((f"kernel {h}x{w}", {"kernel": (h, w)}) for h, w in SQUARE),
             *((f"{step} {n}", {step: (n, 1 + n // 2)}) for step in ("stride", "dilation") for n in STEPS[1:]),
+            *(
+                (f"{b} x {w} {bits} bits, many filters", {"bits_x": b, "w": w, "bits": bits, **MANY})
+                for b in range(1, 5)
+                for w, bits in (("bipolar", 1), ("bipolar", 2), ("signed", 2))
+                if kind == "codes"
+            ),
             ("groups", {"groups": 2, "channels": 64, "filters": 128}),
             *((f"{side} map", {"map": size}) for side, size in MAPS.items()),
             *((f"{n} channels", {"channels": n, "groups": 1}) for n in EDGES),
@@ -423,13 +446,32 @@ class Draw:
         product = self.conv2d if len(self.types[v].shape) == 3 else self.linear
         if self.types[v].codes is None:
             v = self.quantize(self.real(v), "bipolar", 1)
-        kind = self.pick(WEIGHTS[:4]) if self.chance(0.4) else "bipolar"
-        v = self.mul(product(v, kind, 1 if kind == "bipolar" else None, "none"))
+        if product == self.conv2d and self.chance(0.3):
+            v = self.few_bits(v)
+        else:
+            kind = self.pick(WEIGHTS[:4]) if self.chance(0.4) else "bipolar"
+            v = product(v, kind, 1 if kind == "bipolar" else None, "none")
+        v = self.mul(v)
         for _ in range(self.between(0, 3)):
             v = self.pick((self.add, self.relu, self.clip, self.mul, self.prelu))(v)
         if self.chance(0.3):
             v = self.cast(v, "float16")
         return product(self.quantize(v, "bipolar", 1), "bipolar", 1)
+
+    def few_bits(self, v: str) -> str:
+        """Activations of at most 4 bits by weights of 1 or 2, to many filters: where tables beat products."""
+        if self.types[v].channels < 32:
+            v = self.conv2d(v, kernel=(1, 1), stride=(1, 1), groups=1, filters=self.pick((33, 64, 97)))
+        kind = self.pick(("unsigned", "signed"))
+        v = self.quantize(self.real(v), kind, self.pick([b for b in BITS[kind] if b <= 4]))
+        h, w, channels = self.types[v].shape
+        kernel = self.pick(SQUARE[:2])
+        most = PRODUCTS // (kernel[0] * kernel[1] * h * w * channels)
+        filters = self.pick([c for c in (64, 65, 96, 129, 192, 256, 257) if c <= most] or [1])
+        kind = self.pick(("bipolar", "signed"))
+        return self.conv2d(
+            v, kind, 2 if kind == "signed" or self.chance(0.5) else 1, "none", kernel=kernel, filters=filters, groups=1
+        )
 
     def linear(self, v: str, kind: str = "", bits: int | None = None, offset: str = "") -> str:
         channels = self.types[v].channels

@@ -35,8 +35,9 @@ CORES = os.cpu_count() or 1
 AVAILABLE = [isa for isa, available in isas().items() if available]
 KERNELS = ("bit_conv", "int_gemm", "float_gemm", "depthwise_int", "depthwise_float", "pool", "elementwise")
 KERNELS += ("bit_conv+threshold", "int_gemm+threshold", "concat", "flatten", "pixel_shuffle", "code_sums")
-KERNELS += ("byte_gemm", "byte_gemm+threshold", "depthwise_int+threshold")
+KERNELS += ("byte_gemm", "byte_gemm+threshold", "depthwise_int+threshold", "table_conv", "table_conv+threshold")
 NOWHERE = {(f"byte_gemm{end}", isa) for end in ("", "+threshold") for isa in ("avx2", "neon")}  # no product for it
+NOWHERE |= {(f"table_conv{end}", isa) for end in ("", "+threshold") for isa in ("avx2", "scalar", "neon", "i8mm")}
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
@@ -174,7 +175,7 @@ def test_equals_the_interpreter(campaign: Campaign, isa: str) -> None:
 
 
 FLAGS = {
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vpopcntdq", "avx512_vnni"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vpopcntdq", "avx512_vnni", "avx512vbmi"},
     "avx2": {"avx2", "f16c"},
     "scalar": set(),
 }
