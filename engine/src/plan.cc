@@ -674,6 +674,8 @@ class Planner {
     return s.bit_weights[size_t(first * s.w_block + (k * together + block % 4) * kLanes + o % kLanes)];
   }
 
+  static int32_t Twice(int32_t x) { return int32_t(uint32_t(x) << 16 | (uint32_t(x) & 0xffff)); }
+
   static void InvertFilter(PlanStep& s, int64_t o, int groups) {
     for (int64_t k = 0; k < s.depth; ++k) BitWord(s, o, k, groups) ^= ~0u;
   }
@@ -776,6 +778,7 @@ class Planner {
         }
         const int64_t most = std::clamp<int64_t>((int64_t(s.table[at]) - found[c].limit) >> 1, -1, all);
         s.table[at] = -int32_t(found[c].flip ? all - most : most + 1);
+        if (s.halves) s.table[at] = Twice(s.table[at]);
       }
       for (size_t c = 0; c < channels; ++c) {
         if (found[c].flip) InvertFilter(s, int64_t(c), n.groups);

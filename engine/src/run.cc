@@ -51,14 +51,14 @@ class RowRunner {
     if (s_.producer == Producer::kBitConv) {  // one image at a time: groups of filters outside, rows inside
       while (first < last) {
         const int64_t image = first / height, y0 = first % height, y1 = std::min(height, y0 + last - first);
-        for (int64_t y = y0; y < y1; ++y) ZeroRing(image, y);
+        ZeroRings(image, y0, y1);
         BitRows(image, y0, y1, 0, s_.shape.width);
         first += y1 - y0;
       }
       return;
     }
     for (int64_t r = first; r < last; ++r) {
-      ZeroRing(r / height, r % height);
+      ZeroRings(r / height, r % height, r % height + 1);
       Row(r / height, r % height, 0, s_.shape.width);
     }
   }
@@ -70,26 +70,30 @@ class RowRunner {
   char* Start(int id, int64_t image) const { return places_[id] + image * buffer(id).image_bytes(); }
   char* At(int id, int64_t image, int64_t y, int64_t x) const { return Start(id, image) + buffer(id).at(y, x); }
 
-  static void ZeroHalves(char* at, int64_t count) {  // a few only: a call of memset costs more
-    for (int64_t i = 0; i < count; ++i) reinterpret_cast<uint16_t*>(at)[i] = 0;
+  static void Zero(char* at, int64_t bytes) {  // few bytes, an even number: a call of memset costs more
+    for (; bytes >= 8; bytes -= 8, at += 8) std::memset(at, 0, 8);
+    for (; bytes > 0; bytes -= 2, at += 2) std::memset(at, 0, 2);
   }
 
-  // The ring of zeros around row y (and above the first, below the last row) of the buffers this step fills.
-  void ZeroRing(int64_t image, int64_t y) const {
+  // The ring of zeros around rows y0 to y1 (and above the first, below the last row) of the buffers this step fills.
+  void ZeroRings(int64_t image, int64_t y0, int64_t y1) const {
     for (int id : s_.writes) {
       const Buffer& b = buffer(id);
       if (b.ring == std::array<int, 4>{}) continue;
       char* const start = Start(id, image);
-      const int64_t row = b.row() * RepSize(b.rep), pixel = b.pixel * RepSize(b.rep);
       if (b.rep == Rep::kU8) {
-        RingOfBytes(b, start, y);
+        for (int64_t y = y0; y < y1; ++y) RingOfBytes(b, start, y);
         continue;
       }
-      if (y == 0) std::memset(start, 0, size_t(b.ring[0] * row));
-      char* const at = start + (y + b.ring[0]) * row;
-      ZeroHalves(at, b.ring[1] * pixel / 2);
-      ZeroHalves(at + (b.ring[1] + b.shape.width) * pixel, b.ring[3] * pixel / 2);
-      if (y + 1 == b.shape.height) std::memset(at + row, 0, size_t(b.ring[2] * row));
+      const int64_t pixel = b.pixel * RepSize(b.rep), row = b.row() * RepSize(b.rep);
+      const int64_t left = b.ring[1] * pixel, right = b.ring[3] * pixel;
+      if (y0 == 0) std::memset(start, 0, size_t(b.ring[0] * row));
+      char* at = start + (y0 + b.ring[0]) * row;
+      Zero(at, left);
+      at += left + b.shape.width * pixel;
+      for (int64_t y = y0 + 1; y < y1; ++y, at += row) Zero(at, right + left);  // side by side
+      Zero(at, right);
+      if (y1 == b.shape.height) std::memset(at + right, 0, size_t(b.ring[2] * row));
     }
   }
 
@@ -776,9 +780,11 @@ int64_t Engine::DebugNudgeThresholds(int delta) {
     const int64_t last = (s.halves ? 16 : 32) * s.depth;  // what constants have to stay below: 0, or more than all bits
     Aligned<int32_t>& limits = counts ? s.table : s.limit;
     for (size_t i = 0; i < limits.size(); ++i) {
-      const bool constant = counts ? limits[i] >= 0 || limits[i] < -last : limits[i] == INT32_MIN;
+      const int32_t limit = s.halves && counts ? int16_t(limits[i]) : limits[i];
+      const bool constant = counts ? limit >= 0 || limit < -last : limit == INT32_MIN;
       if (int64_t(i) % padded >= channels || constant) continue;
-      limits[i] += counts ? -delta : delta;
+      limits[i] = counts ? limit - delta : limit + delta;
+      if (s.halves && counts) limits[i] = int32_t(uint32_t(limits[i]) << 16 | (uint32_t(limits[i]) & 0xffff));
       ++count;
     }
   }

@@ -53,7 +53,8 @@ struct BitConv {
 };
 
 // half_threshold, half_steps: the same for at most 16 channels, kHalfBits: words are half as long, and each is in a
-// 32-bit word of `w` twice, once for each of two neighbouring pixels. pixel_step is 1.
+// 32-bit word of `w` twice, once for each of two neighbouring pixels, as are the numbers of half_threshold's table.
+// pixel_step is 1.
 
 // --- matrix product: out[pixel][block * 16 + lane] = sum over r, k of a[pixel][r][k] * w[block][r][k][lane] ---
 // int_gemm: a is int16, k runs over pairs, w is int16 [block][r][pair][16][2], out is int32.

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -181,8 +182,8 @@ struct BitCount {
 inline I LoadWords(const uint32_t* p) { return _mm512_loadu_si512(p); }
 struct HalfCount {
   __m512i sum;
-  // Of 32-bit lanes: the first one's low halves, the second one's as the high halves.
-  static I Both(I first, I second) { return _mm512_mask_blend_epi16(0xaaaaaaaa, first, _mm512_slli_epi32(second, 16)); }
+  // The first one's low halves, the second one's high ones.
+  static I Both(I first, I second) { return _mm512_mask_blend_epi16(0xaaaaaaaa, first, second); }
   void Start(I sums) { sum = sums; }
   template <int B>
   static I Spread(const uint16_t* two) {
@@ -199,6 +200,19 @@ struct HalfCount {
   std::pair<uint32_t, uint32_t> BelowZero() const {
     const uint32_t signs = _mm512_movepi16_mask(sum);
     return {_pext_u32(signs, 0x55555555), _pext_u32(signs, 0xaaaaaaaa)};
+  }
+  // Of two counts, so of four pixels, 16 filters each.
+  static uint64_t BelowZero(HalfCount a, HalfCount b) {
+    alignas(64) static constexpr auto kOrder = [] {
+      std::array<uint8_t, 64> order{};
+      for (int i = 0; i < 64; ++i) {  // packing works within lanes of 128 bits, 4 filters each
+        const int pixel = i / 16, filter = i % 16;
+        order[size_t(i)] = uint8_t(filter / 4 * 16 + pixel / 2 * 8 + filter % 4 * 2 + pixel % 2);
+      }
+      return order;
+    }();
+    const I packed = _mm512_packs_epi16(a.sum, b.sum);
+    return _mm512_movepi8_mask(_mm512_permutexvar_epi8(_mm512_load_si512(kOrder.data()), packed));
   }
   I First() const { return _mm512_and_si512(sum, _mm512_set1_epi32(0xffff)); }
   I Second() const { return _mm512_srli_epi32(sum, 16); }
