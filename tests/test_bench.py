@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,23 @@ def test_peers_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert missing == ["OpenVINO int8: not installed; pip install 'lowbit[bench]'"]
     monkeypatch.setitem(bench.PEERS, "openvino-int8", gone)
     assert bench.PEERS["openvino-int8"].version is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sigaltstack as Linux has it")
+def test_a_signal_behind_openvino_is_survived(tmp_path: Path) -> None:
+    """In a process of its own: a handler of Python's for the end of a child, as PyTorch sets one with its loader."""
+    lowbit.save(classifier(), tmp_path / "x.lowbit")
+    code = f"""
+import faulthandler, signal, subprocess, sys
+from lowbit import bench, packfile
+faulthandler.enable()  # as pytest does: another stack for signals
+ended = []
+signal.signal(signal.SIGCHLD, lambda *_: ended.append(1))
+bench.PEERS["openvino-fp32"].session(packfile.read({str(tmp_path / "x.lowbit")!r}), 1).run()
+subprocess.run([sys.executable, "-c", ""], check=True)
+assert ended
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_peer_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

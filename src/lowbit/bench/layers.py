@@ -48,6 +48,13 @@ LAYERS: Final = (
     Layer(256, 256, 14),
     Layer(512, 512, 7),
     Layer(64, 128, 56, stride=2),
+    Layer(128, 256, 28, stride=2),
+    Layer(256, 512, 14, stride=2),
+    Layer(128, 128, 32),
+    Layer(128, 256, 16),
+    Layer(256, 256, 16),
+    Layer(256, 512, 8),
+    Layer(512, 512, 8),
     Layer(16, 16, 32),
     Layer(32, 32, 16),
     Layer(64, 64, 8),
@@ -56,7 +63,7 @@ LAYERS: Final = (
     Layer(256, 256, 14, residual=True),
     Layer(512, 512, 7, residual=True),
 )
-"""Layers of one bit, of ResNet-18 and of CIFAR networks."""
+"""Layers of one bit: of ResNet-18, VGG-Small and ResNet-20; with a stream those of Bi-Real ResNet-18."""
 
 LOW_BIT: Final = tuple(
     Layer(channels, channels, side, weight_bits=w, activation_bits=a)

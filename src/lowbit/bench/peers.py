@@ -6,10 +6,12 @@ ours. A peer that is not installed is named as such; none is left out silently.
 
 from __future__ import annotations
 
+import ctypes
 import io
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stdout
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -90,13 +92,33 @@ class Peer:
         model = float_twin(graph, batch)
         if examples is None:
             examples = np.random.default_rng(0).standard_normal(_dims(model.graph.input[0]), np.float32)
-        return self._open(model, threads, examples)
+        with _kept_signal_stack():
+            return self._open(model, threads, examples)
 
     def empty(self, threads: int) -> Session:
         """A call that computes nothing: what a call costs by itself."""
         attributes = {"shape": (1,), "dtype": "float32"}
         nodes = (Node("input", "input", attrs=attributes), Node("output", "output", ("input",)))
         return self.session(Graph(nodes, {}), threads)
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("pointer", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def _kept_signal_stack() -> Iterator[None]:
+    """OpenVINO gives this thread another stack for signals, with room for a signal's frame and nothing else: the next one that
+    Python handles (a child's end, once PyTorch has had loader processes) would end this process."""
+    if sys.platform != "linux":
+        yield
+        return
+    libc, before = ctypes.CDLL(None), _SignalStack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
 
 
 def chosen(names: Sequence[str]) -> tuple[Peer, ...]:
