@@ -95,7 +95,7 @@ test-long: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow tests/test_kill.py
 
 test-recipes: .venv/.installed
-	$(BIN)/python -m pytest -m slow --ignore tests/test_kill.py
+	$(BIN)/python -m pytest -m slow tests/test_models.py tests/test_recipes.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -120,4 +120,4 @@ bench-lce: .venv/.installed .venv-lce/.installed
 	@touch $@
 
 clean:
-	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .venv-lce bench.json bench-lce.json

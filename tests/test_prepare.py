@@ -425,6 +425,14 @@ def test_state_batchnorm_keeps_two_statistics() -> None:
         update_state_batchnorm(net(), images())
 
 
+def of(kind: type, norm: nn.Module) -> nn.Module:
+    """`norm` as prepare replaces it, which stays as it is."""
+    layers = nn.Sequential(nn.Linear(1, 1), norm)
+    new = prepare(layers, edges="none", state_batchnorm=kind in (StateBatchNorm1d, StateBatchNorm2d))[1]
+    assert type(new) is kind
+    return new
+
+
 @pytest.mark.parametrize("kind", [HardBatchNorm1d, HardBatchNorm2d, StateBatchNorm1d, StateBatchNorm2d])
 @pytest.mark.parametrize("affine", [True, False])
 def test_a_hard_norm_rounds_twice(kind, affine: bool) -> None:
@@ -437,7 +445,7 @@ def test_a_hard_norm_rounds_twice(kind, affine: bool) -> None:
         for p in plain.parameters():
             p.copy_(torch.randn(6, generator=g))
         plain(torch.randn(shape, generator=g) * 3 + 1)
-    norm = kind(plain).eval()
+    norm = of(kind, plain).eval()
     x = torch.randn(shape, generator=g, requires_grad=True)
     w = plain.weight.detach().double().numpy() if affine else np.ones(6)
     b = plain.bias.detach().double().numpy() if affine else np.zeros(6)
@@ -461,7 +469,7 @@ def test_a_hard_norm_rounds_twice(kind, affine: bool) -> None:
     if not one:
         assert norm(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(copy.deepcopy(norm)(x), y)
-    other = kind((nn.BatchNorm1d if one else nn.BatchNorm2d)(6, eps=1e-3, affine=affine)).eval()
+    other = of(kind, (nn.BatchNorm1d if one else nn.BatchNorm2d)(6, eps=1e-3, affine=affine)).eval()
     other.load_state_dict(norm.state_dict())
     assert torch.equal(other(x), y)
     if "State" not in kind.__name__:
@@ -478,6 +486,21 @@ def test_prepare_replaces_the_norms_it_knows() -> None:
     assert [type(m) for m in model][1:] == [HardBatchNorm2d, Mine, nn.BatchNorm2d]
     assert (model[1].hard, model[1].training, model[1].weight.requires_grad) == (True, False, False)
     assert prepare(net.train())[1].hard is False
+    assert type(net[1]) is nn.BatchNorm2d
+
+
+def test_norms_keep_what_they_share() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    net[3].weight = net[1].weight
+    net[3].bias = None
+    seen = []
+    net[1].register_forward_hook(lambda *_: seen.append(1))
+    for state in (False, True):
+        model = prepare(net, edges="none", state_batchnorm=state).eval()
+        assert model[1].weight is model[3].weight
+        with torch.no_grad():
+            model(torch.randn(2, 3, 4, 4))
+    assert seen == [1, 1]
 
 
 def test_state_batchnorm_takes_the_place_of_any_norm() -> None:

@@ -13,6 +13,7 @@ namespace lowbit {
 namespace {
 
 constexpr int64_t kTileBytes = 16 << 10;   // accumulators between a producer and its epilogue: stay in L1
+constexpr int64_t kTableRows = 1 << 20;    // rows of tables: stay in L2
 constexpr int64_t kPatchBytes = 64 << 10;  // im2col of one tile: stay in L2
 
 Rep Natural(const ValueType& t) {
@@ -128,6 +129,10 @@ class Planner {
     const int most = HighestCode(x.codes) - LowestCode(x.codes);
     const int64_t groups = TableGroups(in.channels), taps = int64_t(n.kernel[0]) * n.kernel[1];
     if (2 * most * kTableChannels > 255 || 3 * groups * kTableChannels * most > 65535) return false;
+    // Rows of tables that a window reaches over should stay in the second cache.
+    const int64_t columns = (out.width - 1) * n.geometry.stride[1] + (n.kernel[1] - 1) * n.geometry.dilation[1] + 1;
+    const int64_t rows = int64_t(n.kernel[0] - 1) * n.geometry.dilation[0] + 1;
+    if (rows * columns * groups * kTableBytes > kTableRows) return false;
     const int64_t filters = n.weights.shape[0], sets = RoundUp(filters, kTableFilters) / kTableFilters;
     const double lookups = double(groups * taps * sets * w.bits), together = 255 / (kTableChannels * most);
     const double build = double(in.height * in.width) / double(out.height * out.width) * double(groups);
@@ -658,7 +663,8 @@ class Planner {
     int64_t bytes = RoundUp(s.tile_pixels * s.tile_step * 4, 64) + kSlack;
     if (s.producer == Producer::kTableConv) {
       const int64_t tables = s.depth * s.table_columns * s.table_groups * kTableBytes;
-      return bytes + tables + (s.depth + s.rows) * 8 + (s.depth * s.table_columns + s.shape.width) * 4 + kSlack;
+      return bytes - kSlack + tables + (s.depth + s.rows) * 8 + (s.depth * s.table_columns + s.shape.width) * 4 +
+             kSlack;
     }
     if (s.producer == Producer::kGemm) {
       bytes += RoundUp(s.tile_pixels * PatchStep(s) * (s.integer ? 2 : 4), 64) + kSlack;

@@ -58,7 +58,7 @@ class Tensor:
         if np.may_share_memory(data, self.data):
             data = data.copy()
         data.setflags(write=False)
-        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "data", data.view())  # of an array that can't be written: nobody can make it writable
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +86,7 @@ class Node:
     attrs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", tuple(self.inputs))
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
         object.__setattr__(self, "attrs", MappingProxyType(dict(self.attrs)))
 
@@ -276,7 +277,7 @@ def _check_accumulator(c: _Context, x: ValueType, weight: Tensor) -> None:
     largest = max(-x.codes.low, x.codes.high)
     if (
         weight.codes is not None
-        and weight.data[0].size * max(-weight.codes.low, weight.codes.high) * largest < INT32_LIMIT
+        and math.prod(weight.data.shape[1:]) * max(-weight.codes.low, weight.codes.high) * largest < INT32_LIMIT
     ):
         return  # whatever the weights are
     total = np.abs(weight.data.astype(np.int64)).reshape(len(weight.data), -1).sum(axis=1).max(initial=0)
@@ -297,7 +298,7 @@ def _product(c: _Context, x: ValueType, weight: Tensor, shape: tuple[int, ...]) 
         if role in offsets:
             c.per_channel(role, channels)
     if "weight_offset" in offsets:
-        reach = weight.data[0].size * max(-x.codes.low, x.codes.high)
+        reach = math.prod(weight.data.shape[1:]) * max(-x.codes.low, x.codes.high)
         if reach >= INT32_LIMIT:
             raise c.fail(
                 f"the sum of the input could reach {reach}, beyond 32 bits; use fewer bits or fewer input channels"

@@ -23,21 +23,10 @@ class _HardBatchNorm(_BatchNorm):
 
     With a = float32(weight / sqrt(var + eps)) and b = float32(bias - mean * weight / sqrt(var + eps)), per channel, both
     computed in float64. PyTorch's own evaluation fuses the two, so that a threshold right on a number falls to the other side.
-    Training mode, and evaluation with `hard` off, are PyTorch's. `prepare` puts it in the place of every BatchNorm1d and 2d.
-
-    Args:
-        like: the norm it takes the place of, with running statistics.
+    Training mode, and evaluation with `hard` off, are PyTorch's. `prepare` makes one of every BatchNorm1d and 2d.
     """
 
-    def __init__(self, like: _BatchNorm) -> None:
-        assert like.running_mean is not None
-        device, dtype = like.running_mean.device, like.running_mean.dtype
-        super().__init__(like.num_features, like.eps, like.momentum, like.affine, device=device, dtype=dtype)
-        self.load_state_dict(like.state_dict())
-        for name, parameter in like.named_parameters():
-            self.get_parameter(name).requires_grad_(parameter.requires_grad)
-        self.hard = False
-        self.train(like.training)
+    hard: bool
 
     def train(self, mode: bool = True) -> Self:
         self.hard = not mode
@@ -63,19 +52,10 @@ class _StateBatchNorm(_HardBatchNorm):
 
     ``running_mean, running_var`` follow the soft network, ``hard_mean, hard_var`` the hard one. Which set a forward pass
     updates (in training mode) or uses (in evaluation) is up to the flag `hard`.
-
-    Args:
-        like: the norm it takes the place of, with running statistics.
     """
 
     hard_mean: Tensor
     hard_var: Tensor
-
-    def __init__(self, like: _BatchNorm) -> None:
-        super().__init__(like)
-        mean, var = super().hard_statistics()
-        self.register_buffer("hard_mean", mean.clone())
-        self.register_buffer("hard_var", var.clone())
 
     def hard_statistics(self) -> tuple[Tensor, Tensor]:
         return self.hard_mean, self.hard_var
@@ -104,23 +84,31 @@ class StateBatchNorm2d(_StateBatchNorm, nn.BatchNorm2d):
     __doc__ = _StateBatchNorm.__doc__
 
 
-def hard_batchnorm(norm: _BatchNorm) -> _BatchNorm:
-    """The norm that evaluates as the Graph does, in the place of a BatchNorm1d or BatchNorm2d; any other norm as it is."""
+def hard_batchnorm(norm: _BatchNorm) -> None:
+    """Make a BatchNorm1d or BatchNorm2d with running statistics one that evaluates as the Graph does; leave any other alone.
+
+    In place, so that parameters it shares, hooks and requires_grad stay as they are.
+    """
     for kind, hard in ((nn.BatchNorm1d, HardBatchNorm1d), (nn.BatchNorm2d, HardBatchNorm2d)):
         if type(norm) is kind and norm.running_mean is not None:
-            return hard(norm)
-    return norm
+            norm.__class__ = hard
+            norm.train(norm.training)
 
 
-def state_batchnorm(norm: _BatchNorm) -> _BatchNorm:
-    """The two-statistics norm in the place of a BatchNorm1d or BatchNorm2d.
+def state_batchnorm(norm: _BatchNorm) -> None:
+    """Make a BatchNorm1d or BatchNorm2d the two-statistics norm, in place.
 
     Raises:
         ValueError: another kind of norm, or one without running statistics.
     """
     for kind, state in ((nn.BatchNorm1d, StateBatchNorm1d), (nn.BatchNorm2d, StateBatchNorm2d)):
         if type(norm) is kind and norm.running_mean is not None:
-            return state(norm)
+            assert norm.running_var is not None
+            norm.__class__ = state
+            norm.register_buffer("hard_mean", norm.running_mean.clone())
+            norm.register_buffer("hard_var", norm.running_var.clone())
+            norm.train(norm.training)
+            return
     what = type(norm).__name__ + (" without running statistics" if norm.running_mean is None else "")
     raise ValueError(f"state_batchnorm replaces BatchNorm1d and BatchNorm2d with running statistics, not {what}")
 

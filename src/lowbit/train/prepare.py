@@ -58,7 +58,8 @@ def prepare(
 
     The float weights are where training starts, so load a float state_dict into `model` first to fine-tune it.
     The result is an ordinary module: deepcopy, state_dict, torch.compile, autocast and clipping work on it.
-    ``eval()`` runs it on integers, as the engine will; ``train()`` on soft weights.
+    ``eval()`` runs it on integers, as the engine will; ``train()`` on soft weights. Batch norms (BatchNorm1d and 2d with running
+    statistics) become `HardBatchNorm1d`, `HardBatchNorm2d`, which evaluate as the engine does.
 
     Edges: the first Conv2d or Linear, the 1x1 convolutions of skip connections (names like `SHORTCUTS`) and the last
     Conv2d or Linear, in order of definition. With ``edges="int8"`` the first layer and the skips have 8-bit weights
@@ -118,7 +119,7 @@ def prepare(
         raise ValueError(f"image= needs the first layer, {first!r}, to be prepared, but it is skipped")
     for name, norm in [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]:
         try:
-            model = _swap(model, norm, (state_norm if state_batchnorm else hard_batchnorm)(norm))
+            (state_norm if state_batchnorm else hard_batchnorm)(norm)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     _set_residual_dtype(model, residual_dtype)
