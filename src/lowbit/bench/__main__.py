@@ -137,6 +137,9 @@ def _layers(run: _Run) -> list[dict[str, Any]]:
 
 def _low_bit(run: _Run) -> list[dict[str, Any]]:
     peers = [peer for peer in run.peers if peer.name in _LOW_BIT_PEERS]
+    others = [peer.name for peer in run.peers if peer not in peers]
+    if others:
+        run.console.print(f"low-bit layers: not beside {', '.join(others)}")
     with run.console.status("") as status:
         rows = bench_layers(LOW_BIT, peers, run.core, run.threads, run.isa, run.repeats, status.update)
     run.console.print(show.single_layers_table(rows))

@@ -190,7 +190,7 @@ def single_layers_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def peak_line(peak: Mapping[str, Any] | None) -> str:
     """This core's measured peak, in a sentence."""
     if peak is None:
-        return "peak: not measured for this row of kernels"
+        return "peak: not measured (nothing here is held against it, or this row of kernels has none)"
     largest = peak["largest"]
     return (
         f"this core's peak, measured in the same run: {largest['bits'] / 1e9:,.0f} GMAC/s in bits, "
