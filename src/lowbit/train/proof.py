@@ -4,8 +4,8 @@ Three questions, from hard to soft (docs/OPS.md says why the first has no tolera
 
 1. Does any value that the engine's fused plan materialises differ from the interpreter's, in any bit? Must be 0.
 2. *Root flips*: with every layer fed the training graph's own inputs, how many activation codes does the Graph give
-   otherwise than the training graph? What may differ is a float layer's order of summation, where a number lies next to
-   a threshold; a code of B bits has 2^B - 1 of them. At most 1 in 10^6 comparisons with a threshold.
+   otherwise than the training graph? What may differ is the order of summation in a float layer or an average of floats, where a
+   number lies next to a threshold; a code of B bits has 2^B - 1 of them. At most 1 in 10^6 comparisons with a threshold.
 3. Left to run, how many decisions (argmax) change? At most 2 in 10,000. Codes that differ by then are counted as cascaded flips.
 """
 
