@@ -4,10 +4,16 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import signal
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # The number of threads is part of what a sum of floats is, and tests compare runs of this process with those of others that
 # are started with one. Set before torch is imported, and handed down.
@@ -24,6 +30,17 @@ if ENGINE := os.environ.get("LOWBIT_TEST_ENGINE"):
     assert _spec.loader is not None
     sys.modules["lowbit._engine"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["lowbit._engine"])
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """What ``lowbit.train`` logs, whatever peers and command lines of tests before did to the root logger."""
+    messages: list[str] = []
+    handler, log = logging.Handler(logging.WARNING), logging.getLogger("lowbit.train")
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    yield messages
+    log.removeHandler(handler)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import multiprocessing
 import os
 import pickle
@@ -565,21 +564,20 @@ def test_a_broken_image_stops_by_default(damaged, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_passed_over(damaged, workers, caplog):
+def test_a_broken_image_is_passed_over(damaged, workers, logged):
     data = damaged(broken="skip")
     bad = {4, 5, 47}
     batches = data.batches(4, part="full", workers=workers)
-    with caplog.at_level(logging.WARNING, "lowbit.train"):
-        for epoch in (0, 1):
-            batches.set_epoch(epoch)
-            numbers = seen(batches)
-            assert len(numbers) == COUNT
-            assert not bad & set(numbers)
-            assert set(numbers) == set(range(COUNT)) - bad, "each of the three is replaced by another"
+    for epoch in (0, 1):
+        batches.set_epoch(epoch)
+        numbers = seen(batches)
+        assert len(numbers) == COUNT
+        assert not bad & set(numbers)
+        assert set(numbers) == set(range(COUNT)) - bad, "each of the three is replaced by another"
     assert len(data.broken) == 3
     assert all(any(stem in name for name in data.broken) for stem in ("ant_04", "ant_05", "cow_07"))
     assert not any(str(Path.cwd().anchor) == name[0] for name in data.broken), "names are relative"
-    assert sum("passed over" in record.message for record in caplog.records) == 3, "each is logged once"
+    assert sum("passed over" in line for line in logged) == 3, "each is logged once"
     assert sorted(seen(data.evaluation("full", 8, workers=workers))) == sorted(set(range(COUNT)) - bad), "left out"
 
 
@@ -827,7 +825,7 @@ def test_shards_of_others_are_counted_once(tmp_path):
     assert labels.bincount().tolist() == [5, 3, 1]
 
 
-def test_a_folder_that_can_not_keep_the_index(own_shards, monkeypatch, caplog):
+def test_a_folder_that_can_not_keep_the_index(own_shards, monkeypatch, logged):
     def full(path, content):  # noqa: ARG001
         raise OSError(30, "Read-only file system")
 
@@ -839,8 +837,9 @@ def test_a_folder_that_can_not_keep_the_index(own_shards, monkeypatch, caplog):
     assert found == expected, "class names too: they come from classes.txt"
     assert np.array_equal(found.places, expected.places)
     for name in ("shards.json", "shards.npz"):
-        assert (
-            f"{name} can't be kept (Read-only file system): the shards are read through at every start" in caplog.text
+        assert any(
+            f"{name} can't be kept (Read-only file system): the shards are read through at every start" in line
+            for line in logged
         )
         assert not (own_shards / name).exists()
 
@@ -930,7 +929,7 @@ def test_shards_that_came_after_the_index_are_refused(own_shards):
     assert again.classes == whole.classes
 
 
-def test_empty_shards_and_both_kinds_of_test_shards(own_shards, caplog):
+def test_empty_shards_and_both_kinds_of_test_shards(own_shards, logged):
     """What counting makes of a folder is what it accepts afterwards."""
     expected = open_index(own_shards)
     write_one(own_shards, [], "train-000004a.tar")
@@ -942,7 +941,7 @@ def test_empty_shards_and_both_kinds_of_test_shards(own_shards, caplog):
     index = open_index(own_shards)
     assert [shard.samples for shard in index.train] == [7] * 5 + [0] + [7] * 3 + [4, 0]
     assert index.test == expected.test
-    assert caplog.text.count("val-*.tar are taken for the test set, test-*.tar are passed over") == 1
+    assert sum("val-*.tar are taken for the test set, test-*.tar are passed over" in line for line in logged) == 1
     data = imagenet_shards(own_shards, **SMALL, shuffle=15)
     assert sorted(seen(data.evaluation("full", 7, workers=0))) == list(range(COUNT))
     assert sorted(seen(data.evaluation("test", 7, workers=0))) == [100 + i for i in range(3 * TESTS)]

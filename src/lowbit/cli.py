@@ -204,18 +204,21 @@ def train(
     out.print(f"next: [bold]lowbit export {escape(str(place))}[/]", soft_wrap=True)
 
 
-class _Lines(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return ("warning: " if record.levelno >= logging.WARNING else "") + super().format(record)
+class _Lines(logging.Handler):
+    """Writes to what is standard error at the time: a caller in the same process may have redirected it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print("warning: " * (record.levelno >= logging.WARNING) + self.format(record), file=sys.stderr, flush=True)
+        except (OSError, ValueError):  # a closed pipe ends no training
+            self.handleError(record)
 
 
 def _log_to_stderr() -> None:
     """The trainer's own lines, one for each epoch, warnings included."""
     log = logging.getLogger("lowbit")
     if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(_Lines())
-        log.addHandler(handler)
+        log.addHandler(_Lines())
         log.setLevel(logging.INFO)
 
 

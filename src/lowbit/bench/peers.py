@@ -268,9 +268,11 @@ def _openvino_int8(model: onnx.ModelProto, threads: int, examples: Array) -> Ses
 
 
 def _nncf(model: onnx.ModelProto, threads: int, examples: Array) -> Session:
+    loggers = logging.getLoggerClass()
     import nncf
     import openvino as ov
 
+    logging.setLoggerClass(loggers)  # NNCF puts its own in the place of everybody's
     batch = _dims(model.graph.input[0])[0]
     batches = np.split(examples, len(examples) // batch)
     nncf.set_log_level(logging.ERROR)
