@@ -442,11 +442,13 @@ class Draw:
         return self.quantize(v, kind, 1 if kind == "bipolar" else int(self.pick(BITS[kind])))
 
     def chain(self, v: str) -> str:
-        """Two products with float steps and a sign between them that nothing else reads: what the engine makes thresholds of."""
+        """Two products with float steps and a sign or a few bits between them that nothing else reads: what the engine makes
+        thresholds of."""
         product = self.conv2d if len(self.types[v].shape) == 3 else self.linear
         if self.types[v].codes is None:
             v = self.quantize(self.real(v), "bipolar", 1)
-        if product == self.conv2d and self.chance(0.3):
+        few = product == self.conv2d and self.chance(0.3)
+        if few:
             v = self.few_bits(v)
         else:
             kind = self.pick(WEIGHTS[:4]) if self.chance(0.4) else "bipolar"
@@ -456,6 +458,10 @@ class Draw:
             v = self.pick((self.add, self.relu, self.clip, self.mul, self.prelu))(v)
         if self.chance(0.3):
             v = self.cast(v, "float16")
+        if few and self.chance(0.7):
+            kind = self.pick(("unsigned", "signed"))
+            bits = self.pick([b for b in BITS[kind] if b <= 5])
+            return product(self.quantize(v, kind, bits), "bipolar", 2, "none", groups=1)
         return product(self.quantize(v, "bipolar", 1), "bipolar", 1)
 
     def few_bits(self, v: str) -> str:

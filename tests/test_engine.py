@@ -36,8 +36,11 @@ AVAILABLE = [isa for isa, available in isas().items() if available]
 KERNELS = ("bit_conv", "int_gemm", "float_gemm", "depthwise_int", "depthwise_float", "pool", "elementwise")
 KERNELS += ("bit_conv+threshold", "int_gemm+threshold", "concat", "flatten", "pixel_shuffle", "code_sums")
 KERNELS += ("byte_gemm", "byte_gemm+threshold", "depthwise_int+threshold", "table_conv", "table_conv+threshold")
+KERNELS += ("table_conv+levels",)
 NOWHERE = {(f"byte_gemm{end}", isa) for end in ("", "+threshold") for isa in ("avx2", "neon")}  # no product for it
-NOWHERE |= {(f"table_conv{end}", isa) for end in ("", "+threshold") for isa in ("avx2", "scalar", "neon", "i8mm")}
+NOWHERE |= {
+    (f"table_conv{end}", isa) for end in ("", "+threshold", "+levels") for isa in ("avx2", "scalar", "neon", "i8mm")
+}
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
@@ -389,6 +392,48 @@ def test_tables(x: Codes, w: Codes, channels: int, filters: int, attrs: dict[str
             shared = load(graph, threads=2, isa=isa)
             shared._native._debug_always_share()
             assert not difference(shared, batch, output, values)
+
+
+@pytest.mark.parametrize("w", [Codes("bipolar", 1), Codes("bipolar", 2), Codes("signed", 2)])
+@pytest.mark.parametrize("to", [Codes("unsigned", 1), Codes("unsigned", 2), Codes("signed", 3), Codes("unsigned", 4)])
+@pytest.mark.parametrize(("channels", "filters"), [(64, 64), (40, 200), (129, 112)])
+def test_levels(w: Codes, to: Codes, channels: int, filters: int) -> None:
+    """Codes from tables by limits: rising, falling and constant filters, sums on a limit, and codes that are not from 0."""
+    rng = np.random.default_rng(SEED + filters + to.bits + 10 * w.bits)
+    x = Codes("signed", 2) if to.kind == "signed" else Codes("unsigned", 2)
+    factor = rng.normal(size=filters) * 0.01 * 2**to.bits
+    factor[::7] = 0.0
+    factor[1::7] = 2.0**-5  # every other sum lies on a limit
+    tensors = {
+        "w": Tensor(rng.choice(w.values, (filters, 3, 3, channels)), w),
+        "f": Tensor(factor),
+        "t": Tensor(np.where(np.arange(filters) % 7 < 2, 0.5, rng.normal(size=filters) * 2)),
+        "p": Tensor(np.abs(rng.normal(size=filters))),
+        "v": Tensor(rng.integers(-3, 4, (5, 1, 1, filters)), Codes("signed", 3)),
+    }
+    geometry = {"stride": (1, 1), "dilation": (1, 1), "groups": 1}
+    nodes = (
+        Node("input", "x", attrs={"shape": (9, 33, channels), "dtype": "float32"}),
+        Node("quantize", "q", ("x",), attrs={"kind": x.kind, "bits": x.bits, "reciprocal": 1.0}),
+        Node("conv2d", "c", ("q",), {"weight": "w"}, {**geometry, "padding": (1, 1, 1, 1)}),
+        Node("mul", "m", ("c",), {"factor": "f"}),
+        Node("add", "a", ("m",), {"term": "t"}),
+        Node("prelu", "r", ("a",), {"slope": "p"}),
+        Node("quantize", "s", ("r",), attrs={"kind": to.kind, "bits": to.bits, "reciprocal": 1.0}),
+        Node("conv2d", "d", ("s",), {"weight": "v"}, {**geometry, "padding": (0, 0, 0, 0)}),
+        Node("output", "y", ("d",)),
+    )
+    graph = Graph(nodes, tensors)
+    batch = (rng.normal(size=(3, 9, 33, channels)) * 2).astype(np.float32)
+    output, values = run(graph, batch, trace=True)
+    assert set(np.unique(values["s"])) == set(range(to.low, to.high + 1))
+    for isa in AVAILABLE:
+        for threads in range(1, min(CORES, 2) + 1):
+            engine = load(graph, threads=threads, isa=isa)
+            engine._native._debug_always_share()
+            kernels = [step["kernel"] for step in engine.plan]
+            assert ("table_conv+levels" in kernels) == (isa == "avx512"), kernels
+            assert not difference(engine, batch, output, values)
 
 
 # --- code offsets ---

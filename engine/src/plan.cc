@@ -12,8 +12,9 @@
 namespace lowbit {
 namespace {
 
-constexpr int64_t kTileBytes = 16 << 10;   // accumulators between a producer and its epilogue: stay in L1
-constexpr int64_t kTableRows = 1 << 20;    // rows of tables: stay in L2
+constexpr int64_t kTileBytes = 16 << 10;  // accumulators between a producer and its epilogue: stay in L1
+constexpr int64_t kTableRows = 1 << 20;   // rows of tables: stay in L2
+constexpr int64_t kTableStrip = 14, kTableStripBytes = 40 << 10;
 constexpr int64_t kPatchBytes = 64 << 10;  // im2col of one tile: stay in L2
 
 Rep Natural(const ValueType& t) {
@@ -136,7 +137,7 @@ class Planner {
     const int64_t filters = n.weights.shape[0], sets = RoundUp(filters, kTableFilters) / kTableFilters;
     const double lookups = double(groups * taps * sets * w.bits), together = 255 / (kTableChannels * most);
     const double build = double(in.height * in.width) / double(out.height * out.width) * double(groups);
-    const double tables = lookups * (0.19 + 0.2 / together) + build * 0.75 + double(sets) * 11;
+    const double tables = lookups * (0.19 + 0.2 / together) + build * 0.6 + double(sets) * 6;
     const double bytes = double(RoundUp(in.channels, 4) * taps * RoundUp(filters, kLanes)) / 480;
     return tables < bytes;
   }
@@ -433,6 +434,7 @@ class Planner {
     PushOffsets(s, n, sums);
     Chain(s, v);
     if (s.integer) UseThresholds(s, n, x);
+    if (s.producer == Producer::kTableConv) UseLevels(s, n, x);
   }
 
   // A step of its own: under every output position, the sum of the input's codes, as float32. One number where all
@@ -622,14 +624,24 @@ class Planner {
     s.shift = bipolar ? 1 : 0;
     s.each = LowestCode(w.type);
     s.table_groups = int(TableGroups(channels));
-    s.table_columns = int((s.shape.width - 1) * g.stride[1] + (kw - 1) * g.dilation[1] + 1);
     s.table_taps = kw == 3 ? 3 : 1;
     s.rows = kh * kw / s.table_taps;
     s.depth = (kh - 1) * g.dilation[0] + 1;
+    // Strips of columns and some groups of channels at a time, so that the tables that a row needs stay in L1. Those at
+    // the edges of strips are made twice.
+    const int64_t pieces = std::max<int64_t>(1, s.shape.width / kTableStrip);
+    s.strip = (s.shape.width + pieces - 1) / pieces;
+    s.table_columns = int((s.strip - 1) * g.stride[1] + (kw - 1) * g.dilation[1] + 1);
     s.blocks = RoundUp(filters, kTableFilters) / kTableFilters;
     const int most = HighestCode(x.codes) - LowestCode(x.codes);
     s.together = 255 / (kTableChannels * most);
     s.rows_at_once = std::min<int64_t>(s.rows, 65535 / (s.table_taps * s.table_groups * kTableChannels * most));
+    s.groups_at_once = s.table_groups;
+    if (s.rows_at_once == s.rows) {
+      const int64_t fit = std::max<int64_t>(8, kTableStripBytes / (kh * s.table_columns * kTableBytes));
+      const int64_t parts = (s.table_groups + fit - 1) / fit;
+      s.groups_at_once = int(RoundUp((s.table_groups + parts - 1) / parts, 2));  // lookups go in pairs
+    }
     const int64_t lookup = s.planes * kTableBytes;
     s.w_block = kh * kw * s.table_groups * lookup;
     s.table_weights = Aligned<uint8_t>(size_t(s.blocks * s.w_block));
@@ -651,6 +663,9 @@ class Planner {
     }
     s.tile_step = std::min<int64_t>(s.blocks, s.planes == 1 ? 2 : 1) * kTableFilters;
     s.tile_pixels = 16;
+    const int64_t partial = s.tile_step / kTableFilters * s.planes * s.tile_pixels * 2 * kTableBytes;
+    s.partial_step = s.groups_at_once < s.table_groups ? partial : 0;
+    s.partial_bytes = std::max(partial, RoundUp(s.blocks, 2) * s.partial_step);
   }
 
   static int64_t PatchStep(const PlanStep& s) { return s.depth * (s.integer ? 2 : 1); }
@@ -663,8 +678,8 @@ class Planner {
     int64_t bytes = RoundUp(s.tile_pixels * s.tile_step * 4, 64) + kSlack;
     if (s.producer == Producer::kTableConv) {
       const int64_t tables = s.depth * s.table_columns * s.table_groups * kTableBytes;
-      return bytes - kSlack + tables + (s.depth + s.rows) * 8 + (s.depth * s.table_columns + s.shape.width) * 4 +
-             kSlack;
+      return bytes + s.partial_bytes + tables + (s.depth + s.rows + node(s.node).kernel[0]) * 8 +
+             s.depth * s.table_columns * 4;
     }
     if (s.producer == Producer::kGemm) {
       bytes += RoundUp(s.tile_pixels * PatchStep(s) * (s.integer ? 2 : 4), 64) + kSlack;
@@ -799,6 +814,50 @@ class Planner {
     step.limit = s.limit.data();
     step.flip = s.flip.data();
     s.epilogue = {step};
+  }
+
+  // Convolutions by tables whose sums fit 16 bits and become small codes: limits in place of the float steps.
+  void UseLevels(PlanStep& s, const Node& n, const ValueType& x) {
+    if (s.epilogue.back().step != Step::kQuantU8 || s.slots.size() != 1 || s.rows_at_once < s.rows) return;
+    const EpilogueStep quantize = s.epilogue.back();
+    const int levels = int(quantize.high - quantize.low);
+    const int64_t channels = n.type.shape.channels, per_filter = int64_t(n.weights.codes.size()) / channels;
+    if (levels > 15) return;
+    const int64_t largest = HighestCode(x.codes) - LowestCode(x.codes);  // of a byte, and of a code
+    std::vector<Levels> found;
+    for (int64_t c = 0; c < channels; ++c) {
+      int64_t reach = 0;
+      for (int64_t k = 0; k < per_filter; ++k)
+        reach += largest * std::abs(int(n.weights.codes[size_t(c * per_filter + k)]));
+      if (reach >= INT16_MAX) return;
+      const auto levels_of = FindLevels(s.epilogue, size_t(c), int32_t(-reach), int32_t(reach));
+      if (!levels_of) return;
+      found.push_back(*levels_of);
+    }
+    s.levels = levels;
+    s.info.kernel += "+levels";
+    s.level_limits = Aligned<int16_t>(size_t(s.blocks * levels * kTableFilters));
+    s.level_flip = Aligned<int16_t>(size_t(s.blocks * kTableFilters));
+    Aligned<uint8_t> ordered(s.table_weights.size());
+    for (int64_t o = 0; o < s.blocks * kTableFilters; ++o) {
+      // Byte j of a vector of sums is filter j now, and the words of the even ones come first.
+      const int64_t set = o / kTableFilters, f = o % kTableFilters, from = f < 32 ? 2 * f : 2 * (f - 32) + 1;
+      for (int64_t at = 0; at < s.w_block; at += kTableBytes)
+        ordered[size_t(set * s.w_block + at + f)] = s.table_weights[size_t(set * s.w_block + at + from)];
+      if (o >= channels) continue;
+      const int64_t word = f % 2 * 32 + f / 2;
+      const Levels& of = found[size_t(o)];
+      s.level_flip[size_t(set * kTableFilters + word)] = int16_t(of.flip);
+      for (int k = 0; k < levels; ++k) {
+        const int64_t limit = of.limits[size_t(k)], start = s.byte_start[size_t(o)];
+        const bool open = limit == INT32_MIN || limit == INT32_MAX;
+        s.level_limits[size_t((set * levels + k) * kTableFilters + word)] =
+            int16_t(std::clamp<int64_t>(open ? limit : limit - (of.flip ? -start : start), INT16_MIN, INT16_MAX));
+      }
+    }
+    s.table_weights = std::move(ordered);
+    s.constants.clear();
+    s.epilogue = {quantize};
   }
 
   // --- workspace: the lowest place that no buffer alive at the same time holds ---

@@ -80,8 +80,11 @@ struct PlanStep {
   // convolutions by tables. `blocks` counts sets of 64 filters, `depth` input rows that a window reaches over, `rows`
   // the rows of a window, or its taps where these are taken one by one
   int table_groups = 0;   // tables of a pixel
-  int table_columns = 0;  // pixels of an input row that windows reach
-  int table_taps = 0;     // of a row
+  int table_columns = 0;  // pixels of an input row that the windows of a strip reach
+  int64_t strip = 0;      // output columns that are done together, all rows of them
+  int groups_at_once = 0;
+  int64_t partial_bytes = 0, partial_step = 0;  // the step is from the filters that are done together to the next
+  int table_taps = 0;                           // of a row
   int together = 0, planes = 0, shift = 0;
   int32_t each = 0;          // what every byte of a window adds to the sum, beside what the weight bits pick
   int64_t rows_at_once = 0;  // of those whose sums fit 16 bits
@@ -101,6 +104,8 @@ struct PlanStep {
   std::vector<ptrdiff_t> taps;  // of each tap word: from a pixel's first tap, in words
   Aligned<int32_t> table;
   Aligned<int32_t> limit;  // thresholds of other integer producers
+  int levels = 0;          // convolutions by tables: codes come from limits of 16 bits, as TableConv has them
+  Aligned<int16_t> level_limits, level_flip;
   Aligned<uint16_t> flip;
 
   double nanoseconds = 0;  // a rough guess for one image: is this step worth waking threads for?

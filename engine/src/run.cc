@@ -47,13 +47,21 @@ class RowRunner {
     }
     const int64_t height = s_.shape.height;
     if (s_.producer == Producer::kCodeSums) std::fill_n(summed_rows(), s_.depth, int64_t{-1});
-    if (s_.producer == Producer::kTableConv) std::fill_n(table_scratch().ids, s_.depth, int64_t{-1});
     if (s_.producer == Producer::kBitConv) {  // one image at a time: groups of filters outside, rows inside
       while (first < last) {
         const int64_t image = first / height, y0 = first % height, y1 = std::min(height, y0 + last - first);
         ZeroRings(image, y0, y1);
         BitRows(image, y0, y1, 0, s_.shape.width);
         first += y1 - y0;
+      }
+      return;
+    }
+    if (s_.producer == Producer::kTableConv) {
+      for (int64_t r = first; r < last; ++r) ZeroRings(r / height, r % height, r % height + 1);
+      for (int64_t x = 0; x < s_.shape.width; x += s_.strip) {
+        std::fill_n(table_scratch().ids, s_.depth, int64_t{-1});
+        const int64_t end = std::min(x + s_.strip, s_.shape.width);
+        for (int64_t r = first; r < last; ++r) TableRow(r / height, r % height, x, end);
       }
       return;
     }
@@ -114,7 +122,6 @@ class RowRunner {
       case Producer::kInput: return InputRow(image, y);
       case Producer::kBitConv: return BitRows(image, y, y + 1, x0, x1);
       case Producer::kCodeSums: return CodeSumsRow(image, y);
-      case Producer::kTableConv: return TableRow(image, y);
       case Producer::kElementwise: {
         const Buffer& b = buffer(s_.sources[0]);
         return Finish(At(s_.sources[0], image, y, x0), b.pixel, image, y, x0, x1 - x0);
@@ -338,15 +345,16 @@ class RowRunner {
     }
   }
 
-  // Scratch of a kTableConv step: accumulators, the tables of the last `depth` input rows and which rows these are, the
-  // sums of their pixels, and of one output row the windows' sums and rows.
+  // Scratch of a kTableConv step: accumulators, partial sums of a tile, the tables of the last `depth` input rows and
+  // which rows these are, the sums of their pixels, and what one window reaches of both.
   struct TableScratch {
     int32_t* acc;
+    char* partial;
     uint8_t* tables;
     int64_t* ids;
     const uint8_t** rows;
+    const int32_t** sum_rows;
     int32_t* sums;
-    int32_t* offset;
   };
 
   int64_t table_row() const { return int64_t(s_.table_columns) * s_.table_groups * kTableBytes; }
@@ -356,80 +364,98 @@ class RowRunner {
     char* at = scratch_;
     t.acc = reinterpret_cast<int32_t*>(at);
     at += RoundUp(s_.tile_pixels * s_.tile_step * 4, 64);
+    t.partial = at;
+    at += s_.partial_bytes;
     t.tables = reinterpret_cast<uint8_t*>(at);
     at += s_.depth * table_row();
     t.ids = reinterpret_cast<int64_t*>(at);
     t.rows = reinterpret_cast<const uint8_t**>(t.ids + s_.depth);
-    t.sums = reinterpret_cast<int32_t*>(t.rows + s_.rows);
-    t.offset = t.sums + s_.depth * s_.table_columns;
+    t.sum_rows = reinterpret_cast<const int32_t**>(t.rows + s_.rows);
+    t.sums = reinterpret_cast<int32_t*>(t.sum_rows + n_.kernel[0]);
     return t;
   }
 
-  static void AddEvery(int64_t stride, const int32_t* from, int32_t* to, int64_t n) {
-    if (stride == 1) {
-      for (int64_t i = 0; i < n; ++i) to[i] += from[i];
-    } else {
-      for (int64_t i = 0; i < n; ++i) to[i] += from[i * stride];
-    }
-  }
-
-  void TableRow(int64_t image, int64_t y) {
+  void TableRow(int64_t image, int64_t y, int64_t x0, int64_t x1) {
     const Buffer& b = buffer(s_.sources[0]);
     const Geometry& g = n_.geometry;
     const TableScratch t = table_scratch();
-    const int64_t top = y * g.stride[0], width = s_.shape.width;
+    const int64_t top = y * g.stride[0], left = x0 * g.stride[1] - g.padding[1];
+    const int columns = int((x1 - x0 - 1) * g.stride[1] + (n_.kernel[1] - 1) * g.dilation[1] + 1);
     const int64_t padded = b.shape.height + g.padding[0] + g.padding[2];
     const int64_t tap_step = int64_t(g.dilation[1]) * s_.table_groups * kTableBytes;
-    std::fill_n(t.offset, width, 0);
     for (int64_t r = 0, n = 0; r < n_.kernel[0]; ++r) {
       const int64_t row = top + r * g.dilation[0], slot = row % s_.depth, id = image * padded + row;
+      uint8_t* const tables = t.tables + slot * table_row();
       int32_t* const sums = t.sums + slot * s_.table_columns;
       if (t.ids[slot] != id) {
         t.ids[slot] = id;
-        const char* const from = At(s_.sources[0], image, row - g.padding[0], -g.padding[1]);
-        k_.tables({reinterpret_cast<const uint8_t*>(from), b.pixel, s_.table_columns, int(b.shape.channels),
-                   s_.table_groups, t.tables + slot * table_row(), sums});
+        const char* const from = At(s_.sources[0], image, row - g.padding[0], left);
+        k_.tables({reinterpret_cast<const uint8_t*>(from), b.pixel, columns, int(b.shape.channels), s_.table_groups,
+                   tables, sums});
       }
-      for (int64_t column = 0; column < n_.kernel[1]; ++column) {
-        const int32_t* const from = sums + column * g.dilation[1];
-        AddEvery(g.stride[1], from, t.offset, width);
-        if (column % s_.table_taps == 0) t.rows[n++] = t.tables + slot * table_row() + column * tap_step;
-      }
+      t.sum_rows[r] = sums;
+      for (int64_t column = 0; column < n_.kernel[1]; column += s_.table_taps) t.rows[n++] = tables + column * tap_step;
     }
-    for (int64_t x = 0; x < width; ++x) t.offset[x] *= s_.each;
     TableConv c{};
     c.taps = s_.table_taps;
     c.tap_step = tap_step;
-    c.groups = s_.table_groups;
     c.together = s_.together;
     c.pixel_step = int64_t(g.stride[1]) * s_.table_groups * kTableBytes;
+    c.w_row_step = s_.w_block / s_.rows;
     c.planes = s_.planes;
     c.set_step = s_.w_block;
     c.shift = s_.shift;
+    c.sums = t.sum_rows;
+    c.sum_rows = n_.kernel[0];
+    c.sum_taps = n_.kernel[1];
+    c.sum_tap_step = g.dilation[1];
+    c.sum_step = g.stride[1];
+    c.each = s_.each;
     c.acc = t.acc;
     c.acc_step = s_.tile_step;
-    const int64_t all_blocks = RoundUp(s_.shape.channels, kLanes) / kLanes, most = s_.tile_step / kTableFilters;
-    for (int64_t x = 0; x < width; x += s_.tile_pixels) {
-      c.pixels = int(std::min<int64_t>(s_.tile_pixels, width - x));
-      c.offset = t.offset + x;
-      for (int64_t set = 0; set < s_.blocks; set += most) {
-        c.sets = int(std::min(most, s_.blocks - set));
-        c.start = s_.byte_start.data() + set * kTableFilters;
-        for (int64_t r = 0; r < s_.rows; r += s_.rows_at_once) {
-          c.row_count = int(std::min(s_.rows_at_once, s_.rows - r));
-          c.rows = t.rows + r;
-          c.w = s_.table_weights.data() + set * s_.w_block + r * (s_.w_block / s_.rows);
-          c.more = r > 0;
-          k_.table_conv(c);
-        }
-        const int64_t first_block = set * (kTableFilters / kLanes);
-        const int64_t blocks = std::min<int64_t>(c.sets * (kTableFilters / kLanes), all_blocks - first_block);
-        Epilogue e = EpilogueAt(image, y, x, c.pixels, first_block, blocks);
-        e.src = t.acc;
-        e.src_step = s_.tile_step;
-        k_.epilogue(e);
+    c.levels = s_.levels;
+    for (int64_t x = x0; x < x1; x += s_.tile_pixels) {
+      c.pixels = int(std::min<int64_t>(s_.tile_pixels, x1 - x));
+      for (int group = 0; group < s_.table_groups; group += s_.groups_at_once) {
+        c.first_group = group;
+        c.groups = std::min(s_.groups_at_once, s_.table_groups - group);
+        c.begins = group == 0;
+        c.ends = group + c.groups == s_.table_groups;
+        TableSets(c, t, image, y, x);
       }
       for (int64_t r = 0; r < s_.rows; ++r) t.rows[r] += c.pixels * c.pixel_step;
+      for (int64_t r = 0; r < n_.kernel[0]; ++r) t.sum_rows[r] += c.pixels * c.sum_step;
+    }
+  }
+
+  // Some groups of channels of a tile, for all filters.
+  void TableSets(TableConv& c, const TableScratch& t, int64_t image, int64_t y, int64_t x) {
+    const int64_t all_blocks = RoundUp(s_.shape.channels, kLanes) / kLanes, most = s_.tile_step / kTableFilters;
+    for (int64_t set = 0; set < s_.blocks; set += most) {
+      c.sets = int(std::min(most, s_.blocks - set));
+      c.start = s_.byte_start.data() + set * kTableFilters;
+      c.partial = t.partial + set / most * s_.partial_step;
+      if (s_.levels > 0) {
+        c.limits = s_.level_limits.data() + set * s_.levels * kTableFilters;
+        c.flip = s_.level_flip.data() + set * kTableFilters;
+        c.filters = int(s_.shape.channels - set * kTableFilters);
+        c.codes = reinterpret_cast<uint8_t*>(At(s_.slots[0], image, y, x)) + set * kTableFilters;
+        c.codes_step = s_.epilogue[0].slot_step;
+      }
+      for (int64_t r = 0; r < s_.rows; r += s_.rows_at_once) {
+        c.row_count = int(std::min(s_.rows_at_once, s_.rows - r));
+        c.rows = t.rows + r;
+        c.w = s_.table_weights.data() + set * s_.w_block + r * c.w_row_step;
+        c.more = r > 0;
+        k_.table_conv(c);
+      }
+      if (s_.levels > 0 || !c.ends) continue;
+      const int64_t first_block = set * (kTableFilters / kLanes);
+      const int64_t blocks = std::min<int64_t>(c.sets * (kTableFilters / kLanes), all_blocks - first_block);
+      Epilogue e = EpilogueAt(image, y, x, c.pixels, first_block, blocks);
+      e.src = t.acc;
+      e.src_step = s_.tile_step;
+      k_.epilogue(e);
     }
   }
 

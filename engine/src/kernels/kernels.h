@@ -93,27 +93,45 @@ struct Tables {
   int32_t* sums;    // of each pixel's channels
 };
 
-// acc[pixel][filter] = 2^shift * (sum over planes k and all taps and groups of 2^k * what the filter's six bits pick) +
-// offset[pixel] + start[filter]; with `more`, what is in `acc` takes the place of offset and start.
+// sum = 2^shift * (sum over planes k and all taps and groups of 2^k * what the filter's six bits pick) + each * the
+// sums of the pixels in the window. Some groups at a time: what is not the last of them leaves `partial` for the next.
+// Without levels: acc[pixel][filter] = sum + start[filter]; with `more`, what is in `acc` takes the place of the
+// pixels' sums and start. Byte 2 i of `w` is that of filter i, byte 2 i + 1 that of filter 32 + i. With levels:
+// codes[pixel][filter] = the number of limits that (sum xor flip) is at least; it fits 16 bits. The bytes of `w` are in
+// the order of the filters, limits and flips those of the even ones first.
 struct TableConv {
   const uint8_t* const* rows;  // of a window: the tables of the first pixel's first tap
   int row_count;
   int taps;  // of a row: 1 or 3
   ptrdiff_t tap_step;
-  int groups;
+  int first_group, groups;
+  bool begins, ends;     // they are the first ones, the last ones
+  void* partial;         // 128 bytes for each pixel and set or plane
   int together;          // sums of so many lookups, 2 or more, fit a byte; all of them fit 16 bits
   ptrdiff_t pixel_step;  // bytes
-  int pixels;
-  const uint8_t* w;  // [row][group][tap][plane][64]
-  int planes;        // 1 or 2; with 2, one set
-  int sets;          // 1 or 2 sets of 64 filters
+  int pixels;            // at most 16
+  const uint8_t* w;      // [row][group][tap][plane][64]
+  ptrdiff_t w_row_step;
+  int planes;  // 1 or 2; with 2, one set
+  int sets;    // 1 or 2 sets of 64 filters
   ptrdiff_t set_step;
   int shift;
   bool more;
-  const int32_t* offset;
+  // The sums of pixels: of each row that the window reaches, from the first pixel's first tap on. May be read up to 15
+  // numbers beyond the last pixel's.
+  const int32_t* const* sums;
+  int sum_rows, sum_taps;
+  ptrdiff_t sum_tap_step, sum_step;  // from tap to tap, from pixel to pixel
+  int32_t each;
   const int32_t* start;
   int32_t* acc;  // [pixel][set * 64 + filter]
   ptrdiff_t acc_step;
+  int levels;
+  const int16_t* limits;  // [set][level][64]
+  const int16_t* flip;    // [set][64]: 0 or -1
+  uint8_t* codes;
+  ptrdiff_t codes_step;  // bytes
+  int filters;           // codes to be stored of a pixel
 };
 
 // --- im2col: the patches under `pixels` output positions of one row, in the order (kernel row, kernel column, channel)

@@ -117,11 +117,6 @@ inline Bytes KeepBytes(Bytes x) {  // in a register: as an operand in memory it 
   __asm__("" : "+v"(x));
   return x;
 }
-inline Bytes RepeatEight(const uint8_t* p) {
-  __m512i out;
-  __asm__("vpbroadcastq %1, %0" : "=v"(out) : "m"(*reinterpret_cast<const uint64_t(*)[1]>(p)));
-  return out;
-}
 inline Bytes ZeroBytes() { return _mm512_setzero_si512(); }
 inline Bytes AddBytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
 inline void AddBytesTo(Bytes& sum, Bytes x) { __asm__("vpaddb %1, %0, %0" : "+v"(sum) : "v"(x)); }  // in place
@@ -129,33 +124,48 @@ inline Bytes Pick(Bytes index, Bytes from) { return _mm512_permutexvar_epi8(inde
 inline Bytes PickWhere(uint64_t mask, Bytes index, Bytes from) {
   return _mm512_maskz_permutexvar_epi8(mask, index, from);
 }
-inline int32_t SumBytes(const uint8_t* p, int n) {  // reads whole vectors
-  __m512i sum = _mm512_setzero_si512();
+inline int32_t SumBytes(const uint8_t* p, int n) {  // of bytes up to 31; reads whole vectors
+  __m128i sum = _mm_setzero_si128();
   for (; n > 0; n -= 64, p += 64) {
     const __mmask64 mask = n >= 64 ? ~__mmask64{0} : (__mmask64{1} << n) - 1;
-    sum = _mm512_add_epi64(sum, _mm512_sad_epu8(_mm512_maskz_loadu_epi8(mask, p), _mm512_setzero_si512()));
+    const __m512i eights = _mm512_sad_epu8(_mm512_maskz_loadu_epi8(mask, p), _mm512_setzero_si512());
+    sum = _mm_add_epi64(sum, _mm_sad_epu8(_mm512_cvtepi64_epi8(eights), _mm_setzero_si128()));
   }
-  return int32_t(_mm512_reduce_add_epi64(sum));
+  return _mm_cvtsi128_si32(sum);
 }
 // Sums of 64 bytes as 16 bits: `all` has both bytes of a word, `high` the second ones alone. The sum of the first ones
 // is all - 256 high, whatever overflowed on the way.
 struct Wide {
   __m512i all, high;
-  void Clear() { all = high = _mm512_setzero_si512(); }
   void Add(Bytes x) {
     // As for BitCount: GCC would copy the sums otherwise.
     const __m512i second = _mm512_srli_epi16(x, 8);
     __asm__("vpaddw %1, %0, %0" : "+v"(all) : "v"(x));
     __asm__("vpaddw %1, %0, %0" : "+v"(high) : "v"(second));
   }
+  __m512i Even() const { return _mm512_sub_epi16(all, _mm512_slli_epi16(high, 8)); }
+  __m512i Odd() const { return high; }
   // As 32 bits: bytes 0, 2 .. 30, then 32 .. 62, then 1 .. 31, then 33 .. 63.
   I Block(int b) const {
-    const __m512i words = b < 2 ? _mm512_sub_epi16(all, _mm512_slli_epi16(high, 8)) : high;
+    const __m512i words = b < 2 ? Even() : Odd();
     return _mm512_cvtepu16_epi32(b % 2 ? _mm512_extracti64x4_epi64(words, 1) : _mm512_castsi512_si256(words));
   }
 };
 inline I SplatI(int32_t x) { return _mm512_set1_epi32(x); }
 inline I ShiftI(I x, int by) { return _mm512_sll_epi32(x, _mm_cvtsi32_si128(by)); }
+using Words = __m512i;
+inline Words LoadWords(const int16_t* p) { return _mm512_loadu_si512(p); }
+inline Words SplatWord(int32_t x) { return _mm512_set1_epi16(int16_t(x)); }
+inline Words AddWords(Words a, Words b) { return _mm512_add_epi16(a, b); }
+inline Words XorWords(Words a, Words b) { return _mm512_xor_si512(a, b); }
+inline Words ShiftWords(Words x, int by) { return _mm512_sll_epi16(x, _mm_cvtsi32_si128(by)); }
+inline Words CountReached(Words count, Words x, Words limit) {
+  return _mm512_mask_sub_epi16(count, _mm512_cmpge_epi16_mask(x, limit), count, _mm512_set1_epi16(-1));
+}
+inline void StoreInterleaved(uint8_t* p, Words even, Words odd, int n) {  // n bytes
+  const __m512i bytes = _mm512_or_si512(even, _mm512_slli_epi16(odd, 8));
+  n == 64 ? _mm512_storeu_si512(p, bytes) : _mm512_mask_storeu_epi8(p, (__mmask64{1} << n) - 1, bytes);
+}
 
 struct BitCount {
   using Weights = __m512i;
