@@ -395,7 +395,7 @@ def test_tables(x: Codes, w: Codes, channels: int, filters: int, attrs: dict[str
 
 
 @pytest.mark.parametrize("w", [Codes("bipolar", 1), Codes("bipolar", 2), Codes("signed", 2)])
-@pytest.mark.parametrize("to", [Codes("unsigned", 1), Codes("unsigned", 2), Codes("signed", 3), Codes("unsigned", 4)])
+@pytest.mark.parametrize("to", [Codes("unsigned", 1), Codes("unsigned", 2), Codes("signed", 3), Codes("unsigned", 3)])
 @pytest.mark.parametrize(("channels", "filters"), [(64, 64), (40, 200), (129, 112)])
 def test_levels(w: Codes, to: Codes, channels: int, filters: int) -> None:
     """Codes from tables by limits: rising, falling and constant filters, sums on a limit, and codes that are not from 0."""

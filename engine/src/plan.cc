@@ -822,7 +822,7 @@ class Planner {
     const EpilogueStep quantize = s.epilogue.back();
     const int levels = int(quantize.high - quantize.low);
     const int64_t channels = n.type.shape.channels, per_filter = int64_t(n.weights.codes.size()) / channels;
-    if (levels > 15) return;
+    if (levels > 7) return;  // the float steps are as fast
     const int64_t largest = HighestCode(x.codes) - LowestCode(x.codes);  // of a byte, and of a code
     std::vector<Levels> found;
     for (int64_t c = 0; c < channels; ++c) {
