@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 # are started with one. Set before torch is imported, and handed down.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# What a shell starts in the background ignores Ctrl-C, and so does all that it starts: tests that interrupt would wait for ever.
+# What a shell starts in the background ignores Ctrl-C, what nohup starts the end of the terminal, and so does all that they
+# start: tests that interrupt would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # `make test-asan` tests a build with sanitizers in place of the installed one. Processes that tests start import this module.
