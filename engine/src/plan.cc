@@ -435,6 +435,7 @@ class Planner {
     Chain(s, v);
     if (s.integer) UseThresholds(s, n, x);
     if (s.producer == Producer::kTableConv) UseLevels(s, n, x);
+    if (bits && kernels_.nibbles && !s.halves) UseNibbles(s, n.groups);
   }
 
   // A step of its own: under every output position, the sum of the input's codes, as float32. One number where all
@@ -695,6 +696,33 @@ class Planner {
     return s.bit_weights[size_t(first * s.w_block + (k * together + block % 4) * kLanes + o % kLanes)];
   }
 
+  // The weights of two or four blocks together as BitConv::nibbles has them.
+  static void UseNibbles(PlanStep& s, int groups) {
+    const int64_t group_blocks = s.blocks / groups;
+    if (group_blocks < 2 || 32 * s.depth > UINT16_MAX) return;
+    Aligned<uint32_t> packed(s.bit_weights.size() * 2);
+    for (int64_t first = 0; first < s.blocks;) {
+      const int64_t together = std::min<int64_t>(4, group_blocks - first % group_blocks);
+      uint32_t* const to = packed.data() + first * s.w_block * 2;
+      if (together % 2) {
+        std::copy_n(s.bit_weights.data() + first * s.w_block, together * s.w_block, to);
+      } else {
+        uint8_t* const bytes = reinterpret_cast<uint8_t*>(to);
+        for (int64_t f = 0; f < together * kLanes; ++f) {
+          const int64_t place = f / 32 * 32 + f % 16 * 2 + f / 16 % 2;
+          for (int64_t k = 0; k < s.depth; ++k) {
+            const uint32_t word = BitWord(s, first * kLanes + f, k, groups);
+            for (int n = 0; n < 8; ++n) bytes[(k * 8 + n) * together * kLanes + place] = uint8_t(word >> (4 * n) & 15);
+          }
+        }
+      }
+      first += together;
+    }
+    s.bit_weights = std::move(packed);
+    s.nibbles = true;
+    s.info.weight_bytes *= 2;
+  }
+
   static int32_t Twice(int32_t x) { return int32_t(uint32_t(x) << 16 | (uint32_t(x) & 0xffff)); }
 
   static void InvertFilter(PlanStep& s, int64_t o, int groups) {
@@ -822,7 +850,7 @@ class Planner {
     const EpilogueStep quantize = s.epilogue.back();
     const int levels = int(quantize.high - quantize.low);
     const int64_t channels = n.type.shape.channels, per_filter = int64_t(n.weights.codes.size()) / channels;
-    if (levels > 7) return;  // the float steps are as fast
+    if (levels > 7) return;                                              // the float steps are as fast
     const int64_t largest = HighestCode(x.codes) - LowestCode(x.codes);  // of a byte, and of a code
     std::vector<Levels> found;
     for (int64_t c = 0; c < channels; ++c) {

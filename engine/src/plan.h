@@ -101,6 +101,7 @@ struct PlanStep {
   bool threshold = false;
   bool rows_of_3 = false;       // the taps are 3 rows of 3 words side by side
   bool halves = false;          // kHalfBits: words are half as long
+  bool nibbles = false;         // two or four blocks together have a byte for every four bits: twice the room
   std::vector<ptrdiff_t> taps;  // of each tap word: from a pixel's first tap, in words
   Aligned<int32_t> table;
   Aligned<int32_t> limit;  // thresholds of other integer producers

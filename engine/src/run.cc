@@ -234,8 +234,9 @@ class RowRunner {
     for (int64_t first = 0; first < s_.blocks;) {
       const int64_t group = first / group_blocks;
       const int64_t blocks = std::min<int64_t>(4, (group + 1) * group_blocks - first);
-      c.w = s_.bit_weights.data() + first * s_.w_block;
+      c.w = s_.bit_weights.data() + first * s_.w_block * (s_.nibbles ? 2 : 1);
       c.blocks = int(blocks);
+      c.nibbles = s_.nibbles && blocks % 2 == 0;
       for (int64_t x = x0; x < x1; x += piece) {
         c.pixels = int(std::min<int64_t>(piece, x1 - x));
         c.offset = s_.batch_is_row ? kNoOffset : s_.col_offset.data() + x;

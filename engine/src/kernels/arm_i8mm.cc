@@ -19,6 +19,7 @@ namespace {
 
 #define LOWBIT_HALVES 0
 #define LOWBIT_TABLES 0
+#define LOWBIT_NIBBLES 0
 #define LOWBIT_BYTE_DOT 1
 struct Quads {
   int8x16_t a, b, c, d;

@@ -17,6 +17,7 @@ namespace {
 
 #define LOWBIT_HALVES 0
 #define LOWBIT_TABLES 0
+#define LOWBIT_NIBBLES 0
 #define LOWBIT_BYTE_DOT 0  // no product of unsigned by signed bytes
 
 #include "kernels/generic.inc"

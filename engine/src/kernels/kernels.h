@@ -40,6 +40,9 @@ struct BitConv {
   int pixels;
   const uint32_t* w;
   int blocks;  // 1..4 blocks of 16 filters
+  // 2 or 4 blocks, and `w` is [tap word][nibble, the lowest first][32 or 64 filters] bytes: of each 32 filters, byte 2
+  // i is that of filter i and byte 2 i + 1 that of filter 16 + i. The sums fit 16 bits.
+  bool nibbles;
   // Per pixel constants: `table + offset[pixel]` is one int32 per filter: the base, or what the popcount has to stay
   // below, negative.
   const int32_t* table;
@@ -252,6 +255,7 @@ struct Kernels {
   void (*sum_pool)(const Window&);
   void (*max_pool)(const Window&);
   void (*epilogue)(const Epilogue&);
+  bool nibbles;  // of bit_threshold and bit_steps: whether groups of 32 and of 64 filters are to have such weights
 };
 
 }  // namespace lowbit

@@ -132,6 +132,7 @@ inline I Dot(const I& sum, int32_t pair, Pairs w) {
 
 #define LOWBIT_HALVES 0
 #define LOWBIT_TABLES 0
+#define LOWBIT_NIBBLES 0
 #define LOWBIT_BYTE_DOT 1
 using Quads = const int8_t*;
 inline Quads LoadQuads(const int8_t* p) { return p; }

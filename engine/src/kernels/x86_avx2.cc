@@ -144,6 +144,29 @@ struct BitCount {
 
 #define LOWBIT_HALVES 0
 #define LOWBIT_TABLES 0
+#define LOWBIT_NIBBLES 1
+using Bytes = __m256i;
+inline Bytes LoadBytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline Bytes ZeroBytes() { return _mm256_setzero_si256(); }
+inline Bytes RepeatSixteen(const void* p) {
+  return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i*>(p)));
+}
+inline Bytes Pick(Bytes table, Bytes index) { return _mm256_shuffle_epi8(table, index); }
+inline void AddBytesTo(Bytes& sum, Bytes x) {  // in place; GCC would look everything up first and keep it in memory
+  __asm__("vpaddb %1, %0, %0" : "+x"(sum) : "x"(x));
+}
+struct Wide {  // sums of 32 bytes as 16 bits
+  __m256i even, odd;
+  void Add(Bytes x) {
+    even = _mm256_add_epi16(even, _mm256_and_si256(x, _mm256_set1_epi16(255)));
+    odd = _mm256_add_epi16(odd, _mm256_srli_epi16(x, 8));
+  }
+  I Block(int b) const {  // bytes 0, 2 .. 30 or 1, 3 .. 31
+    const __m256i words = b == 0 ? even : odd;
+    return {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(words)),
+            _mm256_cvtepu16_epi32(_mm256_extracti128_si256(words, 1))};
+  }
+};
 #define LOWBIT_BYTE_DOT 0  // its byte products saturate
 constexpr bool kBitUnroll3x3 = false;
 constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4, kEpilogueBlocks = 1;

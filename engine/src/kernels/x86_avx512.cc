@@ -110,6 +110,7 @@ inline I DotBytes(I sum, I quad, Quads w) { return _mm512_dpbusd_epi32(sum, quad
 
 #define LOWBIT_HALVES 1
 #define LOWBIT_TABLES 1
+#define LOWBIT_NIBBLES 0
 using Bytes = __m512i;
 inline Bytes LoadBytes(const void* p) { return _mm512_loadu_si512(p); }
 inline void StoreBytes(void* p, Bytes x) { _mm512_storeu_si512(p, x); }
