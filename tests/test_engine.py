@@ -36,7 +36,7 @@ AVAILABLE = [isa for isa, available in isas().items() if available]
 KERNELS = ("bit_conv", "int_gemm", "float_gemm", "depthwise_int", "depthwise_float", "pool", "elementwise")
 KERNELS += ("bit_conv+threshold", "int_gemm+threshold", "concat", "flatten", "pixel_shuffle", "code_sums")
 KERNELS += ("byte_gemm", "byte_gemm+threshold", "depthwise_int+threshold", "table_conv", "table_conv+threshold")
-KERNELS += ("table_conv+levels",)
+KERNELS += ("table_conv+levels", "resize_bicubic")
 NOWHERE = {(f"byte_gemm{end}", isa) for end in ("", "+threshold") for isa in ("avx2", "neon")}  # no product for it
 NOWHERE |= {
     (f"table_conv{end}", isa) for end in ("", "+threshold", "+levels") for isa in ("avx2", "scalar", "neon", "i8mm")
@@ -946,6 +946,9 @@ NATIVE_REFUSALS = {
     "cast": ("casts to", lambda n: n.b.cast("n", n.x, "float64")),
     "pool": ("larger than the padded", lambda n: n.b.max_pool("n", n.x, (9, 9), (1, 1), (0, 0, 0, 0))),
     "shuffle": ("divide the channels", lambda n: n.b.pixel_shuffle("n", n.x, 3)),
+    "resize": ("enlarges by 2..4", lambda n: n.b.resize_bicubic("n", n.x, 5)),
+    "resize codes": ("takes float32, got codes", lambda n: n.b.resize_bicubic("n", n.q, 2)),
+    "resize half": ("takes float32, got float16", lambda n: n.b.resize_bicubic("n", n.b.cast("h", n.x, "float16"), 2)),
     "concat one": ("two values", lambda n: n.b.concat("n", [n.x])),
     "concat types": ("one type and size", lambda n: n.b.concat("n", [n.x, n.q])),
     "no such value": ("no earlier value", lambda n: n.b.relu("n", 99)),

@@ -121,6 +121,8 @@ Kernels SelectKernels(const std::string& name, uint32_t features) {
       FillIn(out.code_sums, next.code_sums);
       FillIn(out.sum_pool, next.sum_pool);
       FillIn(out.max_pool, next.max_pool);
+      FillIn(out.resize_down, next.resize_down);
+      FillIn(out.resize_across, next.resize_across);
       FillIn(out.epilogue, next.epilogue);
     }
   }

@@ -66,8 +66,9 @@ class RowRunner {
       return;
     }
     for (int64_t r = first; r < last; ++r) {
-      ZeroRings(r / height, r % height, r % height + 1);
+      if (!s_.flat) ZeroRings(r / height, r % height, r % height + 1);
       Row(r / height, r % height, 0, s_.shape.width);
+      if (s_.flat) ZeroRings(r / height, r % height, r % height + 1);
     }
   }
 
@@ -101,7 +102,7 @@ class RowRunner {
       at += left + b.shape.width * pixel;
       for (int64_t y = y0 + 1; y < y1; ++y, at += row) Zero(at, right + left);  // side by side
       Zero(at, right);
-      if (y1 == b.shape.height) std::memset(at + right, 0, size_t(b.ring[2] * row));
+      if (y1 == b.shape.height) std::memset(at + right + b.fill * RepSize(b.rep), 0, size_t(b.ring[2] * row));
     }
   }
 
@@ -124,8 +125,14 @@ class RowRunner {
       case Producer::kCodeSums: return CodeSumsRow(image, y);
       case Producer::kElementwise: {
         const Buffer& b = buffer(s_.sources[0]);
+        for (int64_t x = x0; s_.flat && x < x1; x += s_.tile_pixels) {
+          const int64_t pixels = std::min<int64_t>(s_.tile_pixels, x1 - x);
+          Finish(At(s_.sources[0], image, y, x), b.pixel, image, y, x, pixels);
+        }
+        if (s_.flat) return;
         return Finish(At(s_.sources[0], image, y, x0), b.pixel, image, y, x0, x1 - x0);
       }
+      case Producer::kResize: return ResizeRow(image, y);
       default: break;
     }
     for (int64_t x = x0; x < x1; x += s_.tile_pixels) {
@@ -186,7 +193,8 @@ class RowRunner {
   }
 
   void Finish(const void* tile, int64_t tile_step, int64_t image, int64_t y, int64_t x, int64_t pixels) {
-    Epilogue e = EpilogueAt(image, y, x, pixels, 0, RoundUp(s_.shape.channels, kLanes) / kLanes);
+    const int64_t lanes = s_.flat ? pixels : s_.shape.channels;
+    Epilogue e = EpilogueAt(image, y, x, s_.flat ? 1 : pixels, 0, RoundUp(lanes, kLanes) / kLanes);
     e.src = tile;
     e.src_step = tile_step;
     k_.epilogue(e);
@@ -571,12 +579,61 @@ class RowRunner {
 
   template <typename T>
   void Shuffle(int64_t image, int64_t y, int64_t x, int64_t pixels) const {
-    const int64_t r = n_.factor, channels = s_.shape.channels;
-    for (int64_t p = 0; p < pixels; ++p) {
-      const int64_t i = y % r, j = (x + p) % r;
-      const T* from = reinterpret_cast<const T*>(At(s_.sources[0], image, y / r, (x + p) / r)) + i * r + j;
-      T* to = reinterpret_cast<T*>(scratch_) + p * s_.tile_step;
-      for (int64_t c = 0; c < channels; ++c) to[c] = from[c * r * r];
+    const int64_t r = n_.factor, channels = s_.shape.channels, step = buffer(s_.sources[0]).pixel;
+    const T* pixel = reinterpret_cast<const T*>(At(s_.sources[0], image, y / r, x / r)) + y % r * r;
+    T* to = reinterpret_cast<T*>(scratch_);
+    int64_t j = x % r;
+    if (s_.flat) {
+      for (int64_t p = 0; p < pixels; p += r, pixel += step, to += r) {
+        for (int64_t i = 0; i < r; ++i) to[i] = pixel[i];
+      }
+      return;
+    }
+    for (int64_t p = 0; p < pixels; ++p, to += s_.tile_step) {
+      for (int64_t c = 0; c < channels; ++c) to[c] = pixel[c * r * r + j];
+      if (++j == r) {
+        j = 0;
+        pixel += step;
+      }
+    }
+  }
+
+  void ResizeRow(int64_t image, int64_t y) {
+    const Buffer& b = buffer(s_.sources[0]);
+    const int64_t r = n_.factor, height = b.shape.height, width = b.shape.width;
+    Resize c{};
+    c.flat = s_.flat;
+    c.width = int(width);
+    c.blocks = int(s_.tile_step / kLanes);
+    c.factor = int(r);
+    c.across = s_.taps_of.data();
+    c.from = s_.from.data();
+    c.src_step = b.pixel;
+    c.dst = reinterpret_cast<float*>(scratch_);
+    c.dst_step = s_.tile_step;
+    char* const rows = scratch_ + RoundUp(s_.tile_pixels * s_.tile_step * 4, 64) + kSlack;
+    const int64_t before = kResizeRing * s_.tile_step, row_size = width + 2 * kResizeRing + kSlack / 4;
+    c.row = reinterpret_cast<float*>(rows) + before;
+    const int64_t top = y / r + s_.from[size_t(y % r)];
+    for (int64_t k = 0; k < 4; ++k) {
+      c.down[k] = s_.taps_of[size_t(y % r * 4 + k)];
+      const int64_t at = ((top + k) % (2 * height) + 2 * height) % (2 * height);
+      const float* const from =
+          reinterpret_cast<const float*>(At(s_.sources[0], image, std::min(at, 2 * height - 1 - at), 0));
+      c.src[k] = from;
+      if (s_.flat && b.pixel != 1) {
+        float* const dense = reinterpret_cast<float*>(rows) + (k + 1) * row_size;
+        for (int64_t x = 0; x < width; ++x) dense[x] = from[x * b.pixel];
+        c.src[k] = dense;
+      }
+    }
+    k_.resize_down(c);
+    for (int64_t x = 0; x < s_.shape.width; x += s_.tile_pixels) {
+      const int64_t pixels = std::min<int64_t>(s_.tile_pixels, s_.shape.width - x);
+      c.first = int(x / r);
+      c.pixels = int(pixels / r);
+      k_.resize_across(c);
+      Finish(scratch_, s_.tile_step, image, y, x, pixels);
     }
   }
 
@@ -601,7 +658,7 @@ class RowRunner {
     const int id = s_.sources[0];
     const Buffer& b = buffer(id);
     const char* from = Start(id, image);
-    if (b.pixel == b.shape.channels && b.ring == std::array<int, 4>{}) return from;
+    if (b.pixel == b.shape.channels && b.ring == std::array<int, 4>{} && b.fill == 0) return from;
     const int64_t bytes = b.shape.channels * RepSize(b.rep);
     char* to = scratch_;
     for (int64_t y = 0; y < b.shape.height; ++y) {
@@ -626,6 +683,12 @@ class RowRunner {
 void Unload(const Buffer& b, const char* image, char* out) {
   const int64_t channels = b.shape.channels;
   for (int64_t y = 0; y < b.shape.height; ++y) {
+    if (b.pixel == channels && (b.rep == Rep::kF32 || b.rep == Rep::kF16)) {
+      const int64_t bytes = b.shape.width * channels * RepSize(b.rep);
+      std::memcpy(out, image + b.at(y, 0), size_t(bytes));
+      out += bytes;
+      continue;
+    }
     for (int64_t x = 0; x < b.shape.width; ++x) {
       const char* at = image + b.at(y, x);
       if (b.rep == Rep::kHalfBits) {

@@ -180,6 +180,29 @@ struct CodeSums {
   int32_t* sum;
 };
 
+// --- enlarging by 2..kMaxResize, bicubic ---
+// resize_down: row[x] = ((down[0] src[0][x] + down[1] src[1][x]) + down[2] src[2][x]) + down[3] src[3][x] for all
+// pixels of a row, and two mirrored ones at either end. resize_across: pixel x factor + p of the result, for `pixels`
+// pixels x from `first` on, is the same sum of row[x + from[p]] and the next three with across[p]. Every product and
+// sum is rounded. Blocks of a row are 16 channels of a pixel, or of one channel with `flat` 16 pixels: the pixels of
+// src, row and dst lie side by side.
+inline constexpr int kMaxResize = 4;
+inline constexpr int kResizeRing = 2;  // pixels at either end of a row
+
+struct Resize {
+  const float* src[4];
+  float down[4];
+  ptrdiff_t src_step;  // elements from pixel to pixel
+  bool flat;
+  int width, blocks, factor;
+  const float* across;  // [phase][4]
+  const int* from;      // [phase]
+  float* row;           // pixel 0; a pixel has `blocks` blocks
+  int first, pixels;
+  float* dst;
+  ptrdiff_t dst_step;
+};
+
 // --- epilogue: the ordered float32 steps behind a producer, and where their results go ---
 enum class Step : uint8_t {
   kMul,            // v = v * constant
@@ -251,6 +274,8 @@ struct Kernels {
   void (*code_sums)(const CodeSums&);
   void (*sum_pool)(const Window&);
   void (*max_pool)(const Window&);
+  void (*resize_down)(const Resize&);
+  void (*resize_across)(const Resize&);
   void (*epilogue)(const Epilogue&);
 };
 
