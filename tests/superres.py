@@ -43,9 +43,7 @@ class Layers:
         else:
             weight = self.floats(*shape, scale=(kernel * kernel * channels) ** -0.5)
         pad = (kernel // 2 * dilation,) * 4
-        return self.add(
-            "conv2d", constant=weight, stride=(1, 1), dilation=(dilation, dilation), padding=pad, groups=1
-        )
+        return self.add("conv2d", constant=weight, stride=(1, 1), dilation=(dilation, dilation), padding=pad, groups=1)
 
     def graph(self, scale: int) -> Graph:
         self.add("output")

@@ -36,7 +36,7 @@ AVAILABLE = [isa for isa, available in isas().items() if available]
 KERNELS = ("bit_conv", "int_gemm", "float_gemm", "depthwise_int", "depthwise_float", "pool", "elementwise")
 KERNELS += ("bit_conv+threshold", "int_gemm+threshold", "concat", "flatten", "pixel_shuffle", "code_sums")
 KERNELS += ("byte_gemm", "byte_gemm+threshold", "depthwise_int+threshold", "table_conv", "table_conv+threshold")
-KERNELS += ("table_conv+levels", "resize_bicubic")
+KERNELS += ("table_conv+levels", "resize_bicubic", "line_conv")
 NOWHERE = {(f"byte_gemm{end}", isa) for end in ("", "+threshold") for isa in ("avx2", "neon")}  # no product for it
 NOWHERE |= {
     (f"table_conv{end}", isa) for end in ("", "+threshold", "+levels") for isa in ("avx2", "scalar", "neon", "i8mm")

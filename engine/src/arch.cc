@@ -116,6 +116,8 @@ Kernels SelectKernels(const std::string& name, uint32_t features) {
       FillIn(out.bit_steps, next.bit_steps);
       FillIn(out.int_gemm, next.int_gemm);
       FillIn(out.float_gemm, next.float_gemm);
+      FillIn(out.planes, next.planes);
+      FillIn(out.line_conv, next.line_conv);
       FillIn(out.patches, next.patches);
       FillIn(out.depthwise, next.depthwise);
       FillIn(out.code_sums, next.code_sums);

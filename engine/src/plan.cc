@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kTileBytes = 16 << 10;  // accumulators between a producer and its epilogue: stay in L1
 constexpr int64_t kTableRows = 1 << 20;   // rows of tables: stay in L2
 constexpr int64_t kTableStrip = 14, kTableStripBytes = 40 << 10;
+constexpr int64_t kLineRows = 1 << 20;  // rows of planes: stay in L2
 constexpr int64_t kPatchBytes = 64 << 10;  // im2col of one tile: stay in L2
 constexpr int64_t kFlatPixels = 960;       // of a tile of one channel: whole blocks enlarged by 2, 3 or 4
 
@@ -97,6 +98,7 @@ class Planner {
   // can be read where it lies. Few channels in wide pixels would be mostly zeros.
   bool ReadsSource(const Node& n, Rep rep, int64_t pixel) const {
     if ((n.op != Op::kConv && n.op != Op::kLinear) || n.groups != 1 || IsBitConv(n)) return false;
+    if (TakesLines(n)) return false;
     const ValueType& x = type(n.inputs[0]);
     const bool integer = n.weights.integer && x.dtype == Dtype::kCodes;
     if (rep == Rep::kU8) return true;
@@ -142,6 +144,22 @@ class Planner {
     const double tables = lookups * (0.19 + 0.2 / together) + build * 0.6 + double(sets) * 6;
     const double bytes = double(RoundUp(in.channels, 4) * taps * RoundUp(filters, kLanes)) / 480;
     return tables < bytes;
+  }
+
+  // Floats to so few filters that most lanes of a block of 16 would idle: pixels take the lanes.
+  bool TakesLines(const Node& n) const {
+    if (n.op != Op::kConv || n.groups != 1 || n.type.dtype != Dtype::kFloat32) return false;
+    if (!n.offsets.input.empty() || !n.offsets.weight.empty()) return false;
+    const Shape& out = n.type.shape;
+    if (n.geometry.stride != std::array<int, 2>{1, 1}) return false;
+    if (2 * RoundUp(out.width, kLanes) * out.channels > out.width * kLanes) return false;
+    const int64_t rows = int64_t(n.kernel[0] - 1) * n.geometry.dilation[0] + 1;
+    return rows * type(n.inputs[0]).shape.channels * PlaneStep(n) * 4 <= kLineRows;
+  }
+
+  static int64_t PlaneStep(const Node& n) {
+    return RoundUp(n.type.shape.width, kLanes) + RoundUp(int64_t(n.kernel[1] - 1) * n.geometry.dilation[1], kLanes) +
+           2 * kLanes;
   }
 
   static int64_t TableGroups(int64_t channels) { return RoundUp(channels, kTableChannels) / kTableChannels; }
@@ -467,6 +485,8 @@ class Planner {
       PackDepthwise(s, n);
     } else if (UsesTables(n)) {
       PackTables(s, n);
+    } else if (TakesLines(n)) {
+      PackLines(s, n);
     } else {
       PackGemm(s, n);
     }
@@ -646,6 +666,28 @@ class Planner {
     }
   }
 
+  // Weights as [set of kLineFilters filters][row][column][channel][filter of the set].
+  void PackLines(PlanStep& s, const Node& n) {
+    s.producer = Producer::kLineConv;
+    s.info.kernel = "line_conv";
+    const Weights& w = n.weights;
+    const int64_t filters = w.shape[0], k = w.shape[1] * w.shape[2] * w.shape[3];
+    s.flat = IsFlat(n.type);
+    s.tile_step = s.flat ? 1 : RoundUp(filters, kLanes);
+    s.tile_pixels = s.flat ? kFlatPixels : 64;
+    s.blocks = RoundUp(filters, kLineFilters) / kLineFilters;
+    s.depth = (w.shape[1] - 1) * n.geometry.dilation[0] + 1;
+    s.plane_step = PlaneStep(n);
+    s.w_block = k * kLineFilters;
+    s.float_weights = Aligned<float>(size_t(s.blocks * s.w_block));
+    s.info.weight_bytes = s.blocks * s.w_block * 4;
+    for (int64_t o = 0; o < filters; ++o) {
+      const int64_t set = o / kLineFilters, of = std::min<int64_t>(kLineFilters, filters - set * kLineFilters);
+      for (int64_t i = 0; i < k; ++i)
+        s.float_weights[size_t(set * s.w_block + i * of + o % kLineFilters)] = Number(w, o * k + i);
+    }
+  }
+
   // A weight is m i + e of its index i: bipolar codes are 2 i - (2^K - 1), two's complement ones i - 2^(K-1). So the
   // sum of weight x byte is m * (sum over bits k of i, 2^k * sum of the bytes picked) + e * (sum of the bytes). Less
   // what the zeros among them stand for, as in PackGemm. Packed as [set of 64 filters][row][group of
@@ -718,6 +760,10 @@ class Planner {
     if (s.producer == Producer::kResize) {  // a row with its ring, and four rows of one channel that lie wide
       const int64_t row = type(node(s.node).inputs[0]).shape.width + 2 * kResizeRing;
       return bytes + RoundUp(row * (s.flat ? 5 : s.tile_step) * 4, 64) + 5 * kSlack;
+    }
+    if (s.producer == Producer::kLineConv) {
+      const int64_t planes = s.depth * type(node(s.node).inputs[0]).shape.channels * s.plane_step;
+      return bytes + planes * 4 + s.depth * 8 + kSlack;
     }
     if (s.producer == Producer::kTableConv) {
       const int64_t tables = s.depth * s.table_columns * s.table_groups * kTableBytes;

@@ -39,6 +39,7 @@ enum class Producer : uint8_t {
   kBitConv,
   kGemm,
   kTableConv,
+  kLineConv,
   kDepthwise,
   kCodeSums,
   kPool,
@@ -81,6 +82,9 @@ struct PlanStep {
   Aligned<int8_t> byte_weights;
   Aligned<uint8_t> table_weights;
   Aligned<int32_t> byte_start;  // what sums of bytes begin at: takes the zeros' part away
+
+  // convolutions to a few filters. `blocks` counts sets of filters, `depth` input rows that a window reaches over
+  int64_t plane_step = 0;
 
   // convolutions by tables. `blocks` counts sets of 64 filters, `depth` input rows that a window reaches over, `rows`
   // the rows of a window, or its taps where these are taken one by one

@@ -47,6 +47,10 @@ class RowRunner {
     }
     const int64_t height = s_.shape.height;
     if (s_.producer == Producer::kCodeSums) std::fill_n(summed_rows(), s_.depth, int64_t{-1});
+    if (s_.producer == Producer::kLineConv) {
+      std::fill_n(line_rows(), s_.depth, int64_t{-1});
+      if (!s_.flat) std::memset(scratch_, 0, size_t(s_.tile_pixels * s_.tile_step * 4));  // lanes without a filter
+    }
     if (s_.producer == Producer::kBitConv) {  // one image at a time: groups of filters outside, rows inside
       while (first < last) {
         const int64_t image = first / height, y0 = first % height, y1 = std::min(height, y0 + last - first);
@@ -133,6 +137,7 @@ class RowRunner {
         return Finish(At(s_.sources[0], image, y, x0), b.pixel, image, y, x0, x1 - x0);
       }
       case Producer::kResize: return ResizeRow(image, y);
+      case Producer::kLineConv: return LineRow(image, y);
       default: break;
     }
     for (int64_t x = x0; x < x1; x += s_.tile_pixels) {
@@ -526,6 +531,54 @@ class RowRunner {
     }
     for (int64_t x = 0; x < to.shape.width; ++x, out += to.pixel) {
       for (int64_t i = 0; i < groups; ++i) std::fill_n(out + i * filters, filters, float(total[x * groups + i]));
+    }
+  }
+
+  // Scratch of a kLineConv step, behind the tile: the planes of the last `depth` input rows, and which rows these are.
+  float* line_planes() const {
+    return reinterpret_cast<float*>(scratch_ + RoundUp(s_.tile_pixels * s_.tile_step * 4, 64) + kSlack);
+  }
+  int64_t line_row() const { return buffer(s_.sources[0]).shape.channels * s_.plane_step; }
+  int64_t* line_rows() const { return reinterpret_cast<int64_t*>(line_planes() + s_.depth * line_row()); }
+
+  void LineRow(int64_t image, int64_t y) {
+    const Buffer& b = buffer(s_.sources[0]);
+    const Geometry& g = n_.geometry;
+    const int64_t channels = b.shape.channels, width = b.shape.width;
+    const int64_t top = y - g.padding[0], left = g.padding[1], right = g.padding[3];
+    const auto [r0, r1] = Inside(top, n_.kernel[0], g.dilation[0], b.shape.height);
+    std::array<const float*, 11> rows = {};  // as many as kernels have
+    for (int64_t r = r0; r < r1; ++r) {
+      const int64_t at = top + r * g.dilation[0], slot = at % s_.depth, id = image * b.shape.height + at;
+      float* const planes = line_planes() + slot * line_row();
+      rows[size_t(r - r0)] = planes;
+      if (line_rows()[slot] == id) continue;
+      line_rows()[slot] = id;
+      k_.planes(
+          {At(s_.sources[0], image, at, 0), b.rep, b.pixel, int(width), int(channels), planes + left, s_.plane_step});
+      for (int64_t k = 0; k < channels; ++k) {
+        std::fill_n(planes + k * s_.plane_step, left, 0.0f);
+        std::fill_n(planes + k * s_.plane_step + left + width, right, 0.0f);
+      }
+    }
+    LineConv c{};
+    c.row_count = int(r1 - r0);
+    c.columns = n_.kernel[1];
+    c.channels = int(channels);
+    c.tap_step = g.dilation[1];
+    c.plane_step = s_.plane_step;
+    c.w = s_.float_weights.data();
+    c.set_step = s_.w_block;
+    c.filters = int(n_.weights.shape[0]);
+    c.out = reinterpret_cast<float*>(scratch_);
+    c.out_step = s_.tile_step;
+    c.first = r0 * n_.kernel[1] * channels;
+    c.rows = rows.data();
+    for (int64_t x = 0; x < s_.shape.width; x += s_.tile_pixels) {
+      c.pixels = int(std::min<int64_t>(s_.tile_pixels, s_.shape.width - x));
+      k_.line_conv(c);
+      Finish(scratch_, s_.tile_step, image, y, x, c.pixels);
+      for (int r = 0; r < c.row_count; ++r) rows[size_t(r)] += s_.tile_pixels;
     }
   }
 

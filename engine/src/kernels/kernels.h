@@ -134,6 +134,34 @@ struct TableConv {
   int filters;           // codes to be stored of a pixel
 };
 
+// --- float convolution to a few filters: 16 neighbouring pixels are a vector ---
+// planes: the channels of `pixels` pixels of a row apart, as float32: plane[channel * plane_step + pixel]. Whole
+// vectors are written.
+struct Planes {
+  const void* src;  // channel 0 of the first pixel
+  Rep rep;          // kS16, kF32, kF16
+  ptrdiff_t pixel_step;
+  int pixels, channels;
+  float* dst;
+  ptrdiff_t plane_step;
+};
+
+// out[pixel * out_step + filter] = sum over r, c, k of rows[r][k * plane_step + pixel + c * tap_step] *
+// w[r][c][k][filter], strictly sequential from +0, product rounded, then sum rounded. With out_step 1, of one filter,
+// whole vectors are written.
+inline constexpr int kLineFilters = 4;  // at once: w is [set of so many filters][r][c][k][filter of the set]
+
+struct LineConv {
+  const float* const* rows;  // plane 0 under the first pixel's first tap
+  int row_count, columns, channels;
+  ptrdiff_t tap_step, plane_step;
+  const float* w;
+  ptrdiff_t set_step, first;  // numbers of a set, and of each of its filters those of the rows before rows[0]
+  int filters, pixels;
+  float* out;
+  ptrdiff_t out_step;
+};
+
 // --- im2col: the patches under `pixels` output positions of one row, in the order (kernel row, kernel column, channel)
 // --- Source kS16 -> int16 or float32; kF32, kF16 -> float32. Padded positions become 0. `dst_step` >= rows * cols *
 // channels; elements between that and `fill` are set to 0.
@@ -269,6 +297,8 @@ struct Kernels {
   void (*float_gemm)(const Gemm&);
   void (*tables)(const Tables&);  // these two are null where nothing looks up 64 bytes at once
   void (*table_conv)(const TableConv&);
+  void (*planes)(const Planes&);
+  void (*line_conv)(const LineConv&);
   void (*patches)(const Patches&);
   void (*depthwise)(const Window&);
   void (*code_sums)(const CodeSums&);
