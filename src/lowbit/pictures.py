@@ -12,7 +12,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,28 +62,33 @@ def luma(rgb: Floats) -> Floats:
     Returns:
         float32 (H, W): 16/255 for black to 235/255 for white.
     """
-    r, g, b = (np.float32(c) for c in _TO_YCBCR[0])
-    y: Floats = rgb[..., 0] * r + rgb[..., 1] * g + rgb[..., 2] * b + np.float32(_OFFSET[0])
-    return y
+    return _sum([rgb[..., i] for i in range(3)], _TO_YCBCR[0], _OFFSET[0])
 
 
 def rgb_to_ycbcr(rgb: Floats) -> Floats:
     """Y, Cb, Cr of ITU-R BT.601 in studio range (MATLAB's ``rgb2ycbcr``): float32 (H, W, 3) from float32 (H, W, 3), all in 0..1."""
-    out = np.empty_like(rgb)
-    out[..., 0] = luma(rgb)
-    for i in (1, 2):
-        r, g, b = (np.float32(c) for c in _TO_YCBCR[i])
-        out[..., i] = rgb[..., 0] * r + rgb[..., 1] * g + rgb[..., 2] * b + np.float32(_OFFSET[i])
-    return out
+    planes = [rgb[..., i] for i in range(3)]
+    return _stack([_sum(planes, _TO_YCBCR[i], _OFFSET[i]) for i in range(3)])
 
 
 def ycbcr_to_rgb(ycbcr: Floats) -> Floats:
     """The inverse of `rgb_to_ycbcr`, not clipped: float32 (H, W, 3) from float32 (H, W, 3)."""
-    out = np.empty_like(ycbcr)
-    y, cb, cr = (ycbcr[..., i] - np.float32(_OFFSET[i]) for i in range(3))
-    for i in range(3):
-        a, b, c = (np.float32(v) for v in _FROM_YCBCR[i])
-        out[..., i] = y * a + cb * b + cr * c
+    planes = [ycbcr[..., i] - np.float32(_OFFSET[i]) for i in range(3)]
+    return _stack([_sum(planes, _FROM_YCBCR[i]) for i in range(3)])
+
+
+def _stack(planes: Sequence[Floats]) -> Floats:
+    """(H, W, channels), of which every channel lies in one piece: what works on channels is fast so."""
+    return np.moveaxis(np.stack(planes), 0, -1)
+
+
+def _sum(planes: Sequence[Floats], factors: Floats, term: float = 0.0) -> Floats:
+    """planes[0] factors[0] + planes[1] factors[1] + ... + term, in this order."""
+    out = planes[0] * np.float32(factors[0])
+    other = np.empty_like(out)
+    for plane, factor in zip(planes[1:], factors[1:], strict=True):
+        out += np.multiply(plane, np.float32(factor), out=other)
+    out += np.float32(term)
     return out
 
 

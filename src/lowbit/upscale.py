@@ -185,12 +185,12 @@ class Upscaler:
             gray = (y - np.float32(16 / 255)) * np.float32(255 / 219)
             to[..., 0] = from_float(gray, out.dtype)
             return
-        ycbcr = np.empty((*y.shape, 3), np.float32)
-        ycbcr[..., 0] = y
 
         def colours(pixels: NDArray[Any]) -> Floats:
             return rgb_to_ycbcr(to_float(pixels))[..., 1:]
 
+        ycbcr = np.moveaxis(np.empty((3, *y.shape), np.float32), 0, -1)  # every channel in one piece
+        ycbcr[..., 0] = y
         ycbcr[..., 1:] = self._enlarged(colours, picture.pixels, first, last)
         to[:] = from_float(ycbcr_to_rgb(ycbcr), out.dtype)
 
@@ -204,7 +204,7 @@ class Upscaler:
         if part.ndim == 2:
             return np.asarray(engine(np.ascontiguousarray(part[..., None]))[kept, :, 0])
         planes = [engine(np.ascontiguousarray(part[..., c : c + 1]))[kept, :, 0] for c in range(part.shape[2])]
-        return np.stack(planes, axis=-1)
+        return np.moveaxis(np.stack(planes), 0, -1)
 
     def memory(self, header: Header) -> int:
         """Bytes that enlarging a picture and writing it takes at most, the process itself left out."""
@@ -215,10 +215,10 @@ class Upscaler:
         read_in = pixels * (stored + 2 * planes * sample)
         rows = min(self.tile, header.height)
         work = 4 * header.width * rows * (1 + self.scale**2) + 20 * 4 * (_CHUNK + header.width * self.scale**2)
-        work += self._workspace(min(rows * min(self.tile, header.width), self.tile**2))
+        engine = self._workspace(rows * min(self.tile, header.width)) + (16 << 20)  # and what allocators keep
         encoding = larger * (stored if sample == 1 else 0) + larger * planes * sample
         kept = pixels * planes * sample
-        return max(read_in, kept + larger * planes * sample + max(work, encoding))
+        return engine + max(read_in, kept + larger * planes * sample + max(work, encoding))
 
     def refuse_too_large(self, header: Header, name: str) -> None:
         """Raises UpscaleError where a picture needs more memory than is free."""
