@@ -9,11 +9,13 @@ The network enlarges Y of ITU-R BT.601; Cb, Cr and transparency are enlarged bic
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import resource
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,11 +24,25 @@ from numpy.typing import NDArray
 
 from lowbit.graph import Graph, Node
 from lowbit.packfile import read
-from lowbit.pictures import Floats, Header, Picture, from_float, luma, rgb_to_ycbcr, to_float, ycbcr_to_rgb
+from lowbit.pictures import (
+    Floats,
+    Header,
+    Picture,
+    check_suffix,
+    from_float,
+    luma,
+    read_header,
+    read_picture,
+    rgb_to_ycbcr,
+    to_float,
+    write_picture,
+    ycbcr_to_rgb,
+)
+from lowbit.predict import find_images
 from lowbit.runtime import Engine
 from lowbit.tiles import Reach, TileError, grid, reach
 
-__all__ = ["UpscaleError", "Upscaler", "available_memory"]
+__all__ = ["Job", "UpscaleError", "Upscaler", "available_memory", "jobs", "upscale_file"]
 
 _ENGINES: Final = 4
 """Sizes that are kept ready."""
@@ -328,3 +344,68 @@ def available_memory() -> int:
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
+
+
+# --------------------------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture and where it goes."""
+
+    source: Path
+    target: Path
+
+    @property
+    def done(self) -> bool:
+        """Pictures appear whole or not at all: what is there is finished."""
+        return self.target.exists()
+
+
+def jobs(source: Path, target: Path) -> list[Job]:
+    """What `lowbit upscale` has to do: a picture to a file (or into a folder that is there), or the pictures of a folder, sorted,
+    to PNGs of the same name in another folder, which is made.
+
+    Raises:
+        ImageError: no such picture, a folder without pictures, two pictures of one name, a name that says no kind of file.
+        UpscaleError: the pictures would take each other's place.
+        OSError: a folder that can't be made or written to.
+    """
+    pictures = find_images([source])
+    folder = source.is_dir()
+    if folder and target.exists() and not target.is_dir():
+        raise UpscaleError(f"{target}: is a file; of a folder of pictures, OUT is a folder too")
+    if folder:
+        target.mkdir(parents=True, exist_ok=True)
+    into = folder or target.is_dir()
+    found = [Job(path, target / f"{path.stem}.png" if into else target) for path in pictures]
+    by_target: dict[Path, Path] = {}
+    for job in found:
+        check_suffix(job.target)
+        if job.target.exists() and job.target.samefile(job.source):
+            raise UpscaleError(f"{job.target}: is the picture itself; give OUT another name or folder")
+        if job.target in by_target:
+            raise UpscaleError(f"{by_target[job.target]} and {job.source}: would both become {job.target}")
+        by_target[job.target] = job.source
+    place = target if into else target.parent
+    if not place.is_dir():
+        raise UpscaleError(f"{place}: no such folder")
+    if not os.access(place, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+    return found
+
+
+def upscale_file(larger: Upscaler, job: Job, progress: Progress | None = None) -> Picture:
+    """Read, enlarge and write one picture; returns what was written.
+
+    Raises:
+        ImageError: a picture that can't be read, or not written as its name says.
+        UpscaleError: it needs more memory than is free.
+        OSError: it can't be written.
+    """
+    header = read_header(job.source)
+    check_suffix(job.target, header.alpha, header.bits)
+    larger.refuse_too_large(header, str(job.source))
+    made = larger.picture(read_picture(job.source), progress)
+    write_picture(job.target, made)
+    return made
