@@ -69,7 +69,8 @@ def float_graph() -> Graph:
     add("avg_pool", "avg", "max", padding=(1, 1, 1, 1), kernel=(3, 3), stride=(1, 1), count_include_pad=False)
     add("avg_pool", "avg2", "avg", padding=(0, 0, 1, 1), kernel=(2, 2), stride=(2, 2), count_include_pad=True)
     add("pixel_shuffle", "shuffle", "avg2", factor=2)
-    add("clip", "clip", "shuffle", low=-1.0, high=2.0)
+    add("resize_bicubic", "larger", "shuffle", factor=3)
+    add("clip", "clip", "larger", low=-1.0, high=2.0)
     add("flatten", "flatten", "clip")
     side = Graph((*nodes, Node("output", "output", ("flatten",))), tensors).validate()["flatten"].channels
     add("linear", "linear", "flatten", constant=(5, side))
@@ -89,7 +90,7 @@ def test_what_stands_behind_a_layer_is_folded_into_it() -> None:
     nodes = [node.op_type for node in bench.float_twin(float_graph()).graph.node]
     assert nodes.count("Mul") == 1  # mul2 alone: conv2's value is used thrice
     assert nodes.count("Add") == 1  # the sum of two values
-    assert nodes.count("Conv") == 2
+    assert nodes.count("Conv") == 3  # one of them enlarges
     assert nodes.count("Gemm") == 1
 
 

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 import lowbit
-import superres
 from lowbit import cli
+from lowbit.bench import superres
 from networks import CLASSES, classifier
 
 ROOT = Path(__file__).parent.parent

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import superres
+from lowbit.bench import superres
+from lowbit.bench.superres import Layers
 from lowbit.graph import Graph, Node, Tensor
 from lowbit.runtime import load
 from lowbit.tiles import Cut, Reach, TileError, cuts, grid, reach
-from superres import Layers
 
 
 def measured(graph: Graph, size: tuple[int, int]) -> Reach:

@@ -12,8 +12,8 @@ from PIL import Image
 
 import lowbit
 import lowbit.tiles
-import superres
 from lowbit import upscale
+from lowbit.bench import superres
 from lowbit.graph import Graph
 from lowbit.interpreter import run
 from lowbit.pictures import (

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import lowbit
-import superres
 from lowbit import sidebyside, upscale
+from lowbit.bench import superres
 from lowbit.pictures import Picture, imresize, read_picture, to_float, write_picture
 from lowbit.upscale import Job, Upscaler
 from networks import classifier

@@ -15,6 +15,7 @@ from lowbit.bench.layers import LAYERS, LOW_BIT, bench_layers, example
 from lowbit.bench.measure import Core, alternate, pinned
 from lowbit.bench.peers import Peer, chosen, installed
 from lowbit.bench.startup import GOALS, bench_startup
+from lowbit.bench.superres import bench_superres
 from lowbit.machine import machine, versions
 from lowbit.runtime import load
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from lowbit.graph import Graph
 
-GROUPS: Final = ("layers", "low-bit", "networks", "training", "load")
+GROUPS: Final = ("layers", "low-bit", "networks", "superres", "training", "load")
 
 STEP_GOALS: Final = (("slb", "float", 50, 1.2), ("lns", "sign", 128, 2.0))
 """Training steps: method, what it is measured against, batch, and how many times the latter's time it may take."""
@@ -178,6 +179,15 @@ def _networks(run: _Run) -> list[dict[str, Any]]:
     return rows
 
 
+def _superres(run: _Run) -> list[dict[str, Any]]:
+    with run.console.status("super-resolution"):
+        rows = bench_superres(run.peers, run.core, run.threads, run.isa, run.repeats)
+    for table in show.networks_tables(rows, versions(*PACKAGES)):
+        run.console.print(table)
+    _goals(run, rows)
+    return rows
+
+
 def _two_threads(graph: Graph, run: _Run) -> dict[str, Any] | None:
     """Two threads of the engine beside one; None where there is but one core, and where more than one is measured anyway."""
     if run.threads != 1:
@@ -239,6 +249,7 @@ _MEASURE: Final[Mapping[str, Callable[[_Run], Any]]] = {
     "layers": _layers,
     "low-bit": _low_bit,
     "networks": _networks,
+    "superres": _superres,
     "training": _training,
     "load": _load,
 }

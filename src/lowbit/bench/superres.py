@@ -1,11 +1,28 @@
-"""Graphs of super-resolution networks with random weights: what training makes, by hand."""
+"""Super-resolution beside the peers: networks with random weights, and a photograph enlarged."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Final
+
 import numpy as np
 
+from lowbit.bench.file import bench_network, twin_input
+from lowbit.bench.layers import beside, noise
+from lowbit.bench.measure import Core, in_turn, pinned, timed
+from lowbit.bench.peers import Peer, Session, open_all
 from lowbit.bits import Codes
 from lowbit.graph import Graph, Node, Tensor
+from lowbit.inspect import macs
+from lowbit.runtime import load
+from lowbit.tiles import grid
+from lowbit.upscale import Upscaler
+
+PHOTOGRAPH: Final = (1024, 2048)
+"""Height and width: 2 megapixels."""
+
+PEER_TILE: Final = 256
+"""Largest side of the tiles that peers are given beside the whole picture: their maps overflow the caches otherwise."""
 
 META = {"task": "superres", "superres": {"scale": 2}}
 
@@ -122,3 +139,81 @@ def vdsr(
     n.add("mul", constant=Tensor(np.full(1, residual, np.float32)))
     n.add("add", n.last, enlarged)
     return n.graph(scale)
+
+
+def bench_superres(
+    peers: Sequence[Peer], core: Core, threads: int, isa: str | None, repeats: int
+) -> list[dict[str, Any]]:
+    """Whole networks beside the peers: VDSR with 64 channels and 18 binary layers on a map of 256x256, and a photograph of 2
+    megapixels enlarged by 2 with the default network (32 channels, 12 binary layers), Y only, from array to array.
+
+    A peer enlarges the photograph whole or in tiles that overlap as ours do, whichever is faster; that its tiles would have to
+    be put together is left out.
+
+    Returns:
+        Plain JSON, rows as those of networks.
+    """
+    rows = []
+    with pinned(threads):
+        graph = vdsr((128, 128), channels=64, layers=18)
+        engine = load(graph, threads=threads, isa=isa)
+        row = bench_network(graph, engine, peers, core, 1, repeats)
+        rows.append(_row("VDSR W1A1, 64 channels, 256x256", graph, engine.plan, engine.isa, threads, row, {}))
+        graph = low_resolution(PHOTOGRAPH, channels=32, layers=12)
+        larger = Upscaler(graph, threads=threads, isa=isa)
+        row = _photograph(graph, larger, peers, core, threads, max(2, min(repeats, 10)))
+        plan = load(graph.resized(64, 64), isa=isa).plan
+        rows.append(_row("a photograph of 2 MP, x2", graph, plan, larger.isa, threads, row, {"ort-fp32": 8.0}))
+    return rows
+
+
+def _photograph(
+    graph: Graph, larger: Upscaler, peers: Sequence[Peer], core: Core, threads: int, repeats: int
+) -> dict[str, Any]:
+    y = np.random.default_rng(0).random(PHOTOGRAPH, np.float32)
+    sessions, failures = open_all(peers, graph, threads, 1, twin_input(graph, y[None, ..., None]))
+    tiles = [(row, column) for row, columns in grid(PHOTOGRAPH, (PEER_TILE,) * 2, larger.reach) for column in columns]
+    row, column = tiles[0]
+    part = graph.resized(row.size, column.size)
+    x = twin_input(part, y[None, : row.size, : column.size, None])
+    for name, tile in open_all(peers, part, threads, 1, x)[0].items():
+        size = f"{len(tiles)} tiles of {row.size}x{column.size}"
+        sessions[name] = _faster(sessions.get(name), tile, len(tiles), size)
+    with core.watched() as watch:
+        found = beside(timed(lambda: larger(y)), sessions, repeats)
+    return {**found, "trusted": not watch.warnings, "warnings": [*failures, *watch.warnings, *noise(found)]}
+
+
+def _faster(whole: Session | None, tile: Session, count: int, size: str) -> Session:
+    def all_tiles() -> None:
+        for _ in range(count):
+            tile.run()
+
+    tiled = Session(all_tiles, tile.answer, ", ".join(filter(None, (tile.note, size))))
+    if whole is None:
+        return tiled
+    seconds = in_turn([timed(whole.run), timed(all_tiles)], 2)
+    return whole if min(seconds[0]) < min(seconds[1]) else tiled
+
+
+def _row(
+    name: str,
+    graph: Graph,
+    plan: Sequence[dict[str, Any]],
+    isa: str,
+    threads: int,
+    found: dict[str, Any],
+    goals: dict[str, float],
+) -> dict[str, Any]:
+    types = graph.validate()
+    return {
+        "network": name,
+        "macs": sum(macs(graph, node, types) for node in graph.nodes if node.op in ("conv2d", "linear")),
+        "isa": isa,
+        "threads": threads,
+        "kernels": sorted({f"{step['kernel']} {step['isa']}" for step in plan}),
+        **found,
+        "warnings": [f"{name}: {text}" for text in found["warnings"]],
+        "goals": goals,
+        "two_threads": None,
+    }
