@@ -453,6 +453,39 @@ def test_whole_networks_and_loading(
     assert found["load"]["load_seconds"] > 0
 
 
+def test_super_resolution_beside_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowbit.bench import superres
+
+    monkeypatch.setattr(superres, "PHOTOGRAPH", (40, 70))
+    sizes = {superres.low_resolution: (40, 70), superres.vdsr: (12, 12)}
+    monkeypatch.setattr(superres, "PEER_TILE", 40)
+    build = {"low_resolution": superres.low_resolution, "vdsr": superres.vdsr}
+    for name, function in build.items():
+        monkeypatch.setattr(
+            superres, name, lambda size, channels, layers, f=function: f(sizes[f], channels=8, layers=1)
+        )
+    peers, _ = bench.installed(bench.chosen(["ort-fp32", "ort-int8"]))
+    rows = superres.bench_superres(peers, bench.Core("scalar"), 1, "scalar", 2)
+    assert [row["network"] for row in rows] == ["VDSR W1A1, 64 channels, 256x256", "a photograph of 2 MP, x2"]
+    for row in rows:
+        assert {name: peer["ratio"] > 0 for name, peer in row["peers"].items()} == {"ort-fp32": True, "ort-int8": True}
+        assert row["macs"] > 0
+    assert "2 tiles of 40x38" in rows[1]["peers"]["ort-int8"]["note"]
+    assert rows[1]["goals"] == {"ort-fp32": 8.0}
+    assert goals_lines(rows)
+
+
+@pytest.mark.parametrize("build", ["low_resolution", "vdsr"])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_the_twin_of_a_super_resolution_network_enlarges(build: str, scale: int) -> None:
+    """With a residual of zero nothing is left but the bicubic part, mirrored borders and all."""
+    from lowbit.bench import superres
+
+    graph = getattr(superres, build)((5, 7), scale=scale, residual=0.0)
+    x = np.random.default_rng(0).random((2, 5, 7, 1), np.float32)
+    np.testing.assert_allclose(run_twin(graph, x), graph.run(x), atol=1e-6)
+
+
 def test_goals() -> None:
     def row(ratio: float, share: float, trusted: bool = True, noisy: bool = False) -> dict[str, Any]:
         return {

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import graphs
 from lowbit import _engine
+from lowbit.bench import superres
 from lowbit.bits import Codes
 from lowbit.graph import Graph, Node, Tensor
 from lowbit.interpreter import run
@@ -866,6 +867,31 @@ def test_refuses_inputs(what: str) -> None:
 
 def sign_weights(*shape: int) -> _engine.Weights:
     return _engine.Weights.codes(np.ones(shape, np.int16), "bipolar", 1, ())
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("build", [superres.low_resolution, superres.vdsr], ids=lambda f: f.__name__)
+def test_super_resolution_networks(build: Callable[..., Graph], isa: str) -> None:
+    """Small and odd maps, and rows longer than the pieces of 960 pixels in which values of one channel are worked on."""
+    wide = ((2, 250), (1, 500), (3, 321)) if build is superres.vdsr else ((2, 493), (1, 1001), (3, 330))
+    for seed, (size, scale) in enumerate(
+        [*zip(wide, (4, 2, 3), strict=True), ((9, 7), 2), ((1, 1), 3), ((6, 1), 4), ((17, 16), 2)]
+    ):
+        graph = build(
+            size, scale=scale, channels=(8, 17)[seed % 2], layers=1, half=seed % 3 != 0, residual=1.0, seed=seed
+        )
+        x = graphs.inputs(graph, seed, batch=2)
+        output, values = run(graph, x, trace=True)
+        for threads in (1, 2)[:CORES]:
+            engine = load(graph, isa=isa, threads=threads)
+            if threads > 1:
+                engine._native._debug_always_share()
+            assert difference(engine, x, output, values) == "", f"{size} x{scale}, {threads} threads"
+        kernels = {step["kernel"] for step in engine.plan}
+        assert kernels >= {"resize_bicubic", "line_conv"} if size[1] > 8 and scale == 2 else "resize_bicubic" in kernels
+        if build is superres.low_resolution:  # the sum is part of a step, and no pixel takes a block of its own
+            last = engine.plan[-1]
+            assert last["bytes"] <= size[0] * scale * (size[1] * scale + 15) * 4
 
 
 @dataclass
