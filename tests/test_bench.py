@@ -472,6 +472,12 @@ def test_super_resolution_beside_the_peers(monkeypatch: pytest.MonkeyPatch) -> N
         assert row["macs"] > 0
     assert "2 tiles of 40x38" in rows[1]["peers"]["ort-int8"]["note"]
     assert rows[1]["goals"] == {"ort-fp32": 8.0}
+    monkeypatch.setattr(superres, "LARGE", (400, 600))
+    small = build["low_resolution"](channels=8, layers=1)
+    monkeypatch.setattr(superres, "low_resolution", lambda channels, layers: small)
+    found = superres.bench_memory(1)
+    assert found["bytes"] is None or 20e6 < found["bytes"] < superres.MEMORY_GOAL
+    assert found["seconds"] > 0
     assert goals_lines(rows)
 
 

@@ -15,7 +15,7 @@ from lowbit.bench.layers import LAYERS, LOW_BIT, bench_layers, example
 from lowbit.bench.measure import Core, alternate, pinned
 from lowbit.bench.peers import Peer, chosen, installed
 from lowbit.bench.startup import GOALS, bench_startup
-from lowbit.bench.superres import bench_superres
+from lowbit.bench.superres import MEMORY_GOAL, bench_memory, bench_superres
 from lowbit.machine import machine, versions
 from lowbit.runtime import load
 
@@ -182,9 +182,15 @@ def _networks(run: _Run) -> list[dict[str, Any]]:
 def _superres(run: _Run) -> list[dict[str, Any]]:
     with run.console.status("super-resolution"):
         rows = bench_superres(run.peers, run.core, run.threads, run.isa, run.repeats)
+        rows[-1]["memory"] = memory = bench_memory(run.threads)
     for table in show.networks_tables(rows, versions(*PACKAGES)):
         run.console.print(table)
     _goals(run, rows)
+    if memory["bytes"] is not None:
+        run.console.print(
+            f"a photograph of 24 MP from JPEG to PNG, x2: {memory['bytes'] / 2**30:.2f} GiB at most, {memory['seconds']:.0f} s"
+        )
+        run.console.print(show.verdict("at most 1.5 GiB", memory["bytes"] <= MEMORY_GOAL))
     return rows
 
 

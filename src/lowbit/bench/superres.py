@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -14,12 +19,20 @@ from lowbit.bench.peers import Peer, Session, open_all
 from lowbit.bits import Codes
 from lowbit.graph import Graph, Node, Tensor
 from lowbit.inspect import macs
+from lowbit.packfile import save
+from lowbit.pictures import Picture, write_picture
 from lowbit.runtime import load
 from lowbit.tiles import grid
 from lowbit.upscale import Upscaler
 
 PHOTOGRAPH: Final = (1024, 2048)
 """Height and width: 2 megapixels."""
+
+LARGE: Final = (4000, 6000)
+"""Height and width: 24 megapixels."""
+
+MEMORY_GOAL: Final = 3 << 29
+"""Bytes, 1.5 GiB, of a process that reads such a photograph, enlarges it by 2 and writes it."""
 
 PEER_TILE: Final = 256
 """Largest side of the tiles that peers are given beside the whole picture: their maps overflow the caches otherwise."""
@@ -165,6 +178,32 @@ def bench_superres(
         plan = load(graph.resized(64, 64), isa=isa).plan
         rows.append(_row("a photograph of 2 MP, x2", graph, plan, larger.isa, threads, row, {"ort-fp32": 8.0}))
     return rows
+
+
+def bench_memory(threads: int) -> dict[str, Any]:
+    """A photograph of 24 megapixels through ``lowbit upscale``, from JPEG to PNG, in a process of its own.
+
+    Returns:
+        Plain JSON: ``bytes`` (the largest that the process was; None where the system doesn't tell) and ``seconds``.
+    """
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom lowbit.__main__ import main\ntry:\n    main()\nexcept SystemExit as stop:\n"
+        "    assert not stop.code\nstatus = Path('/proc/self/status')\n"
+        "lines = status.read_text().splitlines() if status.is_file() else []\n"
+        "print(*[line.split()[1] for line in lines if line.startswith('VmHWM')])"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save(low_resolution(channels=32, layers=12), folder / "x2.lowbit")
+        coarse = np.random.default_rng(0).integers(0, 256, (LARGE[0] // 8, LARGE[1] // 8, 3), np.uint8)
+        write_picture(folder / "in.jpg", Picture(coarse.repeat(8, axis=0).repeat(8, axis=1)))
+        places = [str(folder / part) for part in ("x2.lowbit", "in.jpg", "out.png")]
+        command = [sys.executable, "-c", code, "upscale", *places, "--threads", str(threads)]
+        start = time.perf_counter()
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        seconds = time.perf_counter() - start
+    said = done.stdout.split("\n")[-2].split()
+    return {"bytes": int(said[0]) * 1024 if said else None, "seconds": seconds}
 
 
 def _photograph(
