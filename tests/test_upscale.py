@@ -226,6 +226,15 @@ def test_pictures_too_large_for_memory_are_refused(monkeypatch: pytest.MonkeyPat
         larger.refuse_too_large(photo, "photo.jpg")
 
 
+def test_pictures_wider_than_maps_are_refused() -> None:
+    larger = Upscaler(superres.low_resolution())
+    larger.refuse_too_large(Header(65536, 1, 3, False, 8), "wide.png")
+    with pytest.raises(UpscaleError, match=r"wide.png: is 65537 pixels wide; 65536 are the most"):
+        larger.refuse_too_large(Header(65537, 1, 3, False, 8), "wide.png")
+    wide = Picture(np.random.default_rng(0).integers(0, 256, (1, 65536, 3), np.uint8))
+    assert larger.picture(wide).pixels.shape == (2, 131072, 3)
+
+
 def test_available_memory_knows_the_process_own_limit() -> None:
     code = (
         "import resource\nfrom lowbit.upscale import available_memory\nbefore = available_memory()\n"

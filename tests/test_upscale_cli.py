@@ -220,6 +220,10 @@ def test_jpeg_for_what_it_cannot_hold(call: Call, x2: Path, tmp_path: Path) -> N
     status, _, err = call("upscale", x2, tmp_path / "a.png", tmp_path / "out.jpg")
     assert (status, err.count("\n")) == (2, 1)
     assert "JPEG has no transparency" in err
+    write_picture(tmp_path / "wide.png", Picture(np.zeros((1, 32751, 1), np.uint8)))
+    status, _, err = call("upscale", x2, tmp_path / "wide.png", tmp_path / "out.jpg")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "JPEG ends at 65,500 pixels a side" in err
 
 
 def test_no_permission_to_write(

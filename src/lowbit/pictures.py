@@ -353,11 +353,14 @@ def _named(path: str | os.PathLike[str]) -> Iterator[None]:
 WRITES: Final = (".png", ".jpg", ".jpeg")
 
 
-def check_suffix(path: str | os.PathLike[str], alpha: bool = False, bits: int = 8) -> None:
+_JPEG_SIDE: Final = 65500
+
+
+def check_suffix(path: str | os.PathLike[str], alpha: bool = False, bits: int = 8, side: int = 1) -> None:
     """Refuse a name whose kind of file can't hold such a picture.
 
     Raises:
-        ImageError: another suffix than .png, .jpg and .jpeg, or JPEG for transparency or 16 bits.
+        ImageError: another suffix than .png, .jpg and .jpeg, or JPEG for transparency, 16 bits or a side of more than 65,500 pixels.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in WRITES:
@@ -366,27 +369,27 @@ def check_suffix(path: str | os.PathLike[str], alpha: bool = False, bits: int = 
         raise ImageError(
             f"{os.fspath(path)}: JPEG has no {'transparency' if alpha else '16-bit pixels'}; give a name that ends in .png"
         )
+    if suffix != ".png" and side > _JPEG_SIDE:
+        raise ImageError(f"{os.fspath(path)}: JPEG ends at {_JPEG_SIDE:,} pixels a side; give a name that ends in .png")
 
 
 def write_picture(path: str | os.PathLike[str], picture: Picture) -> None:
     """Write a PNG (8 or 16 bits, lossless) or a JPEG (quality 95, colours at full size). The file appears whole or not at all.
 
     Raises:
-        ImageError: see `check_suffix`; or a picture of more than 65,500 pixels a side as a JPEG.
+        ImageError: see `check_suffix`.
         OSError: it can't be written.
     """
     from lowbit.files import write_atomic
 
     bits = picture.pixels.dtype.itemsize * 8
-    check_suffix(path, picture.alpha is not None, bits)
+    check_suffix(path, picture.alpha is not None, bits, max(picture.width, picture.height))
     stream = io.BytesIO()
     if bits == 16:
         _encode_wide_png(picture, stream)
     elif Path(path).suffix.lower() == ".png":
         _image(picture).save(stream, "PNG", icc_profile=picture.icc)
     else:
-        if max(picture.width, picture.height) > 65500:
-            raise ImageError(f"{os.fspath(path)}: JPEG ends at 65,500 pixels a side; give a name that ends in .png")
         _image(picture).save(stream, "JPEG", quality=95, subsampling=0, icc_profile=picture.icc)
     write_atomic(path, stream.getbuffer())
 

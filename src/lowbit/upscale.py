@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbit.graph import Graph, Node
+from lowbit.graph import MAX_SIDE, Graph, Node
 from lowbit.packfile import read
 from lowbit.pictures import (
     Floats,
@@ -241,7 +241,9 @@ class Upscaler:
         return engine + max(read_in, kept + larger * planes * sample + work + encoding)
 
     def refuse_too_large(self, header: Header, name: str) -> None:
-        """Raises UpscaleError where a picture needs more memory than is free."""
+        """Raises UpscaleError where a picture needs more memory than is free, or is wider than the engine's maps may be."""
+        if header.width > MAX_SIDE:
+            raise UpscaleError(f"{name}: is {header.width} pixels wide; {MAX_SIDE} are the most")
         need, free = self.memory(header), available_memory()
         if need > free:
             size = f"{header.width} x {header.height}"
@@ -411,7 +413,7 @@ def upscale_file(larger: Upscaler, job: Job, progress: Progress | None = None) -
         OSError: it can't be written.
     """
     header = read_header(job.source)
-    check_suffix(job.target, header.alpha, header.bits)
+    check_suffix(job.target, header.alpha, header.bits, max(header.width, header.height) * larger.scale)
     larger.refuse_too_large(header, str(job.source))
     made = larger.picture(read_picture(job.source), progress)
     write_picture(job.target, made)
