@@ -70,8 +70,13 @@ def cell_of(node: Node, types: list[ValueType], tensors: dict[str, Tensor]) -> I
     elif node.op in ("input", "output"):
         dtype = node.attrs.get("dtype", types[0].dtype if types else "")
         yield f"{node.op} {dtype}"
+    elif node.op == "resize_bicubic":
+        yield f"resize_bicubic by {node.attrs['factor']}"
     else:
         yield f"{node.op} {types[0].dtype}"
+    one = {"pixel_shuffle": node.attrs.get("factor", 0) ** 2, "resize_bicubic": 1, "add": 1}
+    if types and one.get(node.op) == types[0].channels and len(types[0].shape) == 3 and types[0].dtype in REAL:
+        yield f"{node.op} {'to' if node.op != 'add' else 'of'} one channel"
     if node.op in ("mul", "add", "prelu") and node.params:
         (c,) = (tensors[name].data for name in node.params.values())
         tiny = np.finfo(np.float32).tiny
@@ -163,6 +168,9 @@ EXPECTED: dict[str, dict[str, Any]] = {
     **{f"{op} {x}": {"op": op, "x": x} for op in ("prelu", "relu", "clip") for x in REAL},
     **{f"{op} {x}": {"op": op, "x": x} for op in ("max_pool", "avg_pool", "global_avg_pool") for x in ("codes", *REAL)},
     **{f"{op} {x}": {"op": op, "x": x} for op in ("mul", "pixel_shuffle", "concat", "flatten") for x in ANY},
+    **{f"resize_bicubic by {r}": {"op": "resize_bicubic", "x": "float32", "factor": r} for r in (2, 3, 4)},
+    **{f"{op} to one channel": {"op": op, "x": "float32", "one": True} for op in ("pixel_shuffle", "resize_bicubic")},
+    "add of one channel": {"op": "upscale", "x": "float32"},
     **{f"output {x}": {"op": "output", "x": x} for x in ANY},
     **{f"input {x}": {"input": x} for x in ("uint8", "float32")},
     **{f"padding of {x}: {p}": {} for x in ("bits", "codes") for p in (True, False)},
@@ -498,6 +506,46 @@ class Draw:
         factor = int(self.pick([r for r in (1, 2, 3) if channels % (r * r) == 0]))
         return self.node("pixel_shuffle", (v,), self.bound[v], {"factor": factor})
 
+    def resize(self, v: str, factor: int = 0, one: bool = False) -> str:
+        if one:
+            v = self.same(v, 1)
+        return self.node("resize_bicubic", (v,), self.bound[v] * 2, {"factor": factor or self.pick((2, 3, 4))})
+
+    def same(self, v: str, filters: int) -> str:
+        """A float convolution that keeps the size of the map."""
+        k = self.pick((3, 1, 5))
+        attrs = {"stride": (1, 1), "dilation": (1, 1), "padding": (k // 2,) * 4, "groups": 1}
+        weight = self.weight((filters, k, k, self.types[v].channels), "float32", None)
+        bound = self.bound[v] * float(np.abs(weight.data).reshape(filters, -1).sum(axis=1).max())
+        return self.node("conv2d", (v,), bound, attrs, weight=weight)
+
+    def upscale(self, v: str) -> str:
+        """How super-resolution ends: a shuffled convolution and an enlarged picture, added; one channel all the way."""
+        r = self.pick((2, 3, 4))
+        picture = v if self.types[v].channels == 1 else self.mul(self.same(v, 1))
+        body = self.mul(self.same(v, r * r))
+        steps = (self.mul, self.add, self.prelu, self.relu, self.clip)
+        parts = []
+        for part in self.rng.permutation(2):
+            w = self.resize(self.real(picture, "float32"), r) if part else None
+            w = w or self.node("pixel_shuffle", (body,), self.bound[body], {"factor": r})
+            for _ in range(self.between(0, 2)):
+                w = self.pick(steps)(w)
+            if self.chance(0.2):
+                w = self.cast(w, "float16")
+            parts.append(w)
+        v = self.node("add", tuple(parts), self.bound[parts[0]] + self.bound[parts[1]])
+        for _ in range(self.between(0, 2)):
+            v = self.pick(steps)(v)
+        match self.between(0, 4):
+            case 1:
+                return self.same(v, self.pick((1, 4, 17)))
+            case 2:
+                return self.quantize(v, "bipolar", 1)
+            case 3:
+                return self.cast(v, "float16")
+        return v
+
     def concat(self, v: str) -> str:
         t = self.types[v]
         others = [
@@ -527,7 +575,10 @@ class Draw:
             options += ["conv2d", "conv2d", "conv2d"] if image else ["linear"]
         if not pixels:
             if image:
-                options += ["shuffle"] if t.channels % 4 == 0 and t.shape[0] * t.shape[1] < 200 else []
+                small = t.shape[0] * t.shape[1] < 200
+                options += ["shuffle"] if t.channels % 4 == 0 and small else []
+                options += ["resize"] if t.dtype == "float32" and small and t.channels < 40 else []
+                options += ["upscale"] if t.dtype in REAL and small and t.channels < 40 else []
             if t.channels < 100:
                 options.append("concat")
             if t.dtype != "int32" and image:
@@ -635,7 +686,11 @@ def compose(choices: Choices, ask: dict[str, Any] | None = None, steps: int = 8)
         case "global_avg_pool":
             v = d.node(op, (v,), d.bound[v])
         case "pixel_shuffle":
-            v = d.shuffle(v)
+            v = d.shuffle(d.same(v, d.pick((4, 9))) if ask.get("one") else v)
+        case "resize_bicubic":
+            v = d.resize(v, ask.get("factor", 0), ask.get("one", False))
+        case "upscale":
+            v = d.upscale(v)
         case "mul" | "prelu" | "relu" | "clip" | "concat" | "flatten":
             v = getattr(d, op)(v)
         case "output":

@@ -69,7 +69,8 @@ def float_graph() -> Graph:
     add("avg_pool", "avg", "max", padding=(1, 1, 1, 1), kernel=(3, 3), stride=(1, 1), count_include_pad=False)
     add("avg_pool", "avg2", "avg", padding=(0, 0, 1, 1), kernel=(2, 2), stride=(2, 2), count_include_pad=True)
     add("pixel_shuffle", "shuffle", "avg2", factor=2)
-    add("clip", "clip", "shuffle", low=-1.0, high=2.0)
+    add("resize_bicubic", "larger", "shuffle", factor=3)
+    add("clip", "clip", "larger", low=-1.0, high=2.0)
     add("flatten", "flatten", "clip")
     side = Graph((*nodes, Node("output", "output", ("flatten",))), tensors).validate()["flatten"].channels
     add("linear", "linear", "flatten", constant=(5, side))
@@ -89,7 +90,7 @@ def test_what_stands_behind_a_layer_is_folded_into_it() -> None:
     nodes = [node.op_type for node in bench.float_twin(float_graph()).graph.node]
     assert nodes.count("Mul") == 1  # mul2 alone: conv2's value is used thrice
     assert nodes.count("Add") == 1  # the sum of two values
-    assert nodes.count("Conv") == 2
+    assert nodes.count("Conv") == 3  # one of them enlarges
     assert nodes.count("Gemm") == 1
 
 
@@ -450,6 +451,45 @@ def test_whole_networks_and_loading(
     assert row["macs"] > 0
     assert (row["two_threads"] is None) == (len(os.sched_getaffinity(0)) < 2)
     assert found["load"]["load_seconds"] > 0
+
+
+def test_super_resolution_beside_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowbit.bench import superres
+
+    monkeypatch.setattr(superres, "PHOTOGRAPH", (40, 70))
+    sizes = {superres.low_resolution: (40, 70), superres.vdsr: (12, 12)}
+    monkeypatch.setattr(superres, "PEER_TILE", 40)
+    build = {"low_resolution": superres.low_resolution, "vdsr": superres.vdsr}
+    for name, function in build.items():
+        monkeypatch.setattr(
+            superres, name, lambda size, channels, layers, f=function: f(sizes[f], channels=8, layers=1)
+        )
+    peers, _ = bench.installed(bench.chosen(["ort-fp32", "ort-int8"]))
+    rows = superres.bench_superres(peers, bench.Core("scalar"), 1, "scalar", 2)
+    assert [row["network"] for row in rows] == ["VDSR W1A1, 64 channels, 256x256", "a photograph of 2 MP, x2"]
+    for row in rows:
+        assert {name: peer["ratio"] > 0 for name, peer in row["peers"].items()} == {"ort-fp32": True, "ort-int8": True}
+        assert row["macs"] > 0
+    assert "2 tiles of 40x38" in rows[1]["peers"]["ort-int8"]["note"]
+    assert rows[1]["goals"] == {"ort-fp32": 8.0}
+    monkeypatch.setattr(superres, "LARGE", (400, 600))
+    small = build["low_resolution"](channels=8, layers=1)
+    monkeypatch.setattr(superres, "low_resolution", lambda channels, layers: small)
+    found = superres.bench_memory(1)
+    assert found["bytes"] is None or 20e6 < found["bytes"] < superres.MEMORY_GOAL
+    assert found["seconds"] > 0
+    assert goals_lines(rows)
+
+
+@pytest.mark.parametrize("build", ["low_resolution", "vdsr"])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_the_twin_of_a_super_resolution_network_enlarges(build: str, scale: int) -> None:
+    """With a residual of zero nothing is left but the bicubic part, mirrored borders and all."""
+    from lowbit.bench import superres
+
+    graph = getattr(superres, build)((5, 7), scale=scale, residual=0.0)
+    x = np.random.default_rng(0).random((2, 5, 7, 1), np.float32)
+    np.testing.assert_allclose(run_twin(graph, x), graph.run(x), atol=1e-6)
 
 
 def test_goals() -> None:

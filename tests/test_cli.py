@@ -18,6 +18,7 @@ from PIL import Image
 
 import lowbit
 from lowbit import cli
+from lowbit.bench import superres
 from networks import CLASSES, classifier
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +76,8 @@ def image(path: Path, mode: str = "RGB", size: tuple[int, int] = (20, 14)) -> Pa
         ["inspect", "MODEL"],
         ["inspect", "MODEL", "--json"],
         ["predict", "MODEL", "IMAGE"],
+        ["upscale", "LARGER", "IMAGE", "OUT"],
+        ["upscale", "--help"],
         ["bench", "MODEL", "--repeats", "2"],
         ["list", "isas"],
         ["list", "ops"],
@@ -83,7 +86,9 @@ def image(path: Path, mode: str = "RGB", size: tuple[int, int] = (20, 14)) -> Pa
     ids=" ".join,
 )
 def test_no_torch_is_imported(command: list[str], model: Path) -> None:
+    lowbit.save(superres.low_resolution(), model.parent / "x2.lowbit")
     places = {"MODEL": str(model), "IMAGE": str(image(model.parent / "a.png"))}
+    places |= {"LARGER": str(model.parent / "x2.lowbit"), "OUT": str(model.parent / "out.png")}
     arguments = [places.get(word, word) for word in command]
     code = (
         "import sys\nfrom lowbit.__main__ import main\n"
@@ -101,6 +106,8 @@ def test_no_torch_is_imported(command: list[str], model: Path) -> None:
         ("typer", "--help", "cli"),
         ("rich", "--help", "cli"),
         ("PIL", "predict MODEL IMAGE", "cli"),
+        ("PIL", "upscale LARGER IMAGE OUT", "cli"),
+        ("matplotlib", "upscale LARGER IMAGE OUT --compare PAGE", "train"),
         ("torch", f"train {RECIPE}", "train"),
         ("torch", "list methods", "train"),
         ("yaml", "list recipes", "train"),
@@ -110,7 +117,10 @@ def test_no_torch_is_imported(command: list[str], model: Path) -> None:
     ],
 )
 def test_a_missing_extra_is_named(absent: str, command: str, extra: str, model: Path) -> None:
+    lowbit.save(superres.low_resolution(), model.parent / "x2.lowbit")
     places = {"MODEL": str(model), "IMAGE": str(image(model.parent / "a.png"))}
+    places |= {"LARGER": str(model.parent / "x2.lowbit"), "OUT": str(model.parent / "out.png")}
+    places |= {"PAGE": str(model.parent / "page.html")}
     arguments = [places.get(word, word) for word in command.split()]
     code = (
         f"import sys\nsys.modules[{absent!r}] = None\n"
@@ -136,7 +146,7 @@ def test_every_verb_has_help_with_an_example(call: Call) -> None:
     code, text, _ = call("--help")
     assert code == 0
     verbs = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
-    assert len(verbs) == 9
+    assert len(verbs) == 10
     for verb in verbs:
         assert verb in text
         code, own, _ = call(verb, "--help")

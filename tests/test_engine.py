@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 import graphs
 from lowbit import _engine
+from lowbit.bench import superres
 from lowbit.bits import Codes
 from lowbit.graph import Graph, Node, Tensor
 from lowbit.interpreter import run
@@ -36,7 +37,7 @@ AVAILABLE = [isa for isa, available in isas().items() if available]
 KERNELS = ("bit_conv", "int_gemm", "float_gemm", "depthwise_int", "depthwise_float", "pool", "elementwise")
 KERNELS += ("bit_conv+threshold", "int_gemm+threshold", "concat", "flatten", "pixel_shuffle", "code_sums")
 KERNELS += ("byte_gemm", "byte_gemm+threshold", "depthwise_int+threshold", "table_conv", "table_conv+threshold")
-KERNELS += ("table_conv+levels",)
+KERNELS += ("table_conv+levels", "resize_bicubic", "line_conv")
 NOWHERE = {(f"byte_gemm{end}", isa) for end in ("", "+threshold") for isa in ("avx2", "neon")}  # no product for it
 NOWHERE |= {
     (f"table_conv{end}", isa) for end in ("", "+threshold", "+levels") for isa in ("avx2", "scalar", "neon", "i8mm")
@@ -868,6 +869,31 @@ def sign_weights(*shape: int) -> _engine.Weights:
     return _engine.Weights.codes(np.ones(shape, np.int16), "bipolar", 1, ())
 
 
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("build", [superres.low_resolution, superres.vdsr], ids=lambda f: f.__name__)
+def test_super_resolution_networks(build: Callable[..., Graph], isa: str) -> None:
+    """Small and odd maps, and rows longer than the pieces of 960 pixels in which values of one channel are worked on."""
+    wide = ((2, 250), (1, 500), (3, 321)) if build is superres.vdsr else ((2, 493), (1, 1001), (3, 330))
+    for seed, (size, scale) in enumerate(
+        [*zip(wide, (4, 2, 3), strict=True), ((9, 7), 2), ((1, 1), 3), ((6, 1), 4), ((17, 16), 2)]
+    ):
+        graph = build(
+            size, scale=scale, channels=(8, 17)[seed % 2], layers=1, half=seed % 3 != 0, residual=1.0, seed=seed
+        )
+        x = graphs.inputs(graph, seed, batch=2)
+        output, values = run(graph, x, trace=True)
+        for threads in (1, 2)[:CORES]:
+            engine = load(graph, isa=isa, threads=threads)
+            if threads > 1:
+                engine._native._debug_always_share()
+            assert difference(engine, x, output, values) == "", f"{size} x{scale}, {threads} threads"
+        kernels = {step["kernel"] for step in engine.plan}
+        assert kernels >= {"resize_bicubic", "line_conv"} if size[1] > 8 and scale == 2 else "resize_bicubic" in kernels
+        if build is superres.low_resolution:  # the sum is part of a step, and no pixel takes a block of its own
+            last = engine.plan[-1]
+            assert last["bytes"] <= size[0] * scale * (size[1] * scale + 15) * 4
+
+
 @dataclass
 class Begun:
     """A builder with an image x (float32) and its signs q, 5 x 5 x 8."""
@@ -946,6 +972,9 @@ NATIVE_REFUSALS = {
     "cast": ("casts to", lambda n: n.b.cast("n", n.x, "float64")),
     "pool": ("larger than the padded", lambda n: n.b.max_pool("n", n.x, (9, 9), (1, 1), (0, 0, 0, 0))),
     "shuffle": ("divide the channels", lambda n: n.b.pixel_shuffle("n", n.x, 3)),
+    "resize": ("enlarges by 2..4", lambda n: n.b.resize_bicubic("n", n.x, 5)),
+    "resize codes": ("takes float32, got codes", lambda n: n.b.resize_bicubic("n", n.q, 2)),
+    "resize half": ("takes float32, got float16", lambda n: n.b.resize_bicubic("n", n.b.cast("h", n.x, "float16"), 2)),
     "concat one": ("two values", lambda n: n.b.concat("n", [n.x])),
     "concat types": ("one type and size", lambda n: n.b.concat("n", [n.x, n.q])),
     "no such value": ("no earlier value", lambda n: n.b.relu("n", 99)),

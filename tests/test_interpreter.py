@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from lowbit import Codes, Node, Tensor
+from lowbit.interpreter import bicubic_taps, mirrored
+from lowbit.pictures import imresize
 from test_graph import chain, constant, conv, sign
 
 
@@ -170,6 +172,51 @@ def test_pixel_shuffle_concat_and_flatten() -> None:
     assert np.array_equal(out, F.pixel_shuffle(torch.from_numpy(x).permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1))
     assert np.array_equal(run(Node("concat", "k", ("in", "in")), x=x), np.concatenate([x, x], 3))
     assert np.array_equal(run(Node("flatten", "f"), x=x), x.reshape(2, -1))
+
+
+# Keys' cubic with a = -0.5 at 1/4, 3/4, 5/4 and 7/4, by hand
+NEAR, MIDDLE, FAR, FARTHEST = 0.8671875, 0.2265625, -0.0703125, -0.0234375
+
+
+def test_bicubic_taps_are_the_cubic_by_hand() -> None:
+    first, coefficients = bicubic_taps(2)
+    assert first.tolist() == [-2, -1]
+    assert coefficients.tolist() == [[FARTHEST, MIDDLE, NEAR, FAR], [FAR, NEAR, MIDDLE, FARTHEST]]
+    first, coefficients = bicubic_taps(3)
+    assert first.tolist() == [-2, -1, -1]
+    assert coefficients[1].tolist() == [0, 1, 0, 0]  # the middle third lies on a pixel
+    third = [-1 / 27, 1 / 3, 7 / 9, -2 / 27]  # at 5/3, 2/3, 1/3, 4/3
+    np.testing.assert_allclose(coefficients[0], third, rtol=1e-6)
+    assert coefficients[2].tolist() == coefficients[0][::-1].tolist()
+    first, coefficients = bicubic_taps(4)
+    assert first.tolist() == [-2, -2, -1, -1]
+    assert coefficients[3].tolist() == coefficients[0][::-1].tolist()
+    for factor in (2, 3, 4):
+        np.testing.assert_allclose(bicubic_taps(factor)[1].sum(axis=1), 1, atol=1e-7)
+
+
+def test_mirrored_as_often_as_it_takes() -> None:
+    assert mirrored(np.arange(-5, 8), 3).tolist() == [1, 2, 2, 1, 0, 0, 1, 2, 2, 1, 0, 0, 1]
+    assert mirrored(np.arange(-3, 4), 1).tolist() == [0] * 7
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+@pytest.mark.parametrize("size", [(7, 5), (1, 1), (1, 4), (2, 3), (24, 33)])
+def test_resize_bicubic_is_imresize(factor: int, size: tuple[int, int]) -> None:
+    x = np.random.default_rng(0).random((2, *size, 3), np.float32)
+    got = run(Node("resize_bicubic", "b", attrs={"factor": factor}), x=x)
+    assert got.dtype == np.float32
+    want = np.stack([imresize(image, factor) for image in x])
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_resize_bicubic_rounds_every_step() -> None:
+    x = row(1.1, 2.3, -5.7, 1e-3)
+    got = run(Node("resize_bicubic", "b", attrs={"factor": 2}), x=x)[0, 0, :, 0]
+    f = np.float32
+    column = [((f(FARTHEST) * v + f(MIDDLE) * v) + f(NEAR) * v) + f(FAR) * v for v in x.ravel()]
+    want = ((f(FAR) * column[0] + f(NEAR) * column[1]) + f(MIDDLE) * column[2]) + f(FARTHEST) * column[3]
+    assert got[3] == want  # output 3 lies at 5/4
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,7 @@ NB_MODULE(_engine, m) {
           "name"_a, "x"_a, "kernel"_a, "stride"_a, "padding"_a, "count_include_pad"_a)
       .def("global_avg_pool", &Builder::GlobalAvgPool, "name"_a, "x"_a)
       .def("pixel_shuffle", &Builder::PixelShuffle, "name"_a, "x"_a, "factor"_a)
+      .def("resize_bicubic", &Builder::ResizeBicubic, "name"_a, "x"_a, "factor"_a)
       .def("concat", &Builder::Concat, "name"_a, "inputs"_a)
       .def("flatten", &Builder::Flatten, "name"_a, "x"_a)
       .def("output", &Builder::Output, "name"_a, "x"_a);

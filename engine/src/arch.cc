@@ -116,11 +116,15 @@ Kernels SelectKernels(const std::string& name, uint32_t features) {
       FillIn(out.bit_steps, next.bit_steps);
       FillIn(out.int_gemm, next.int_gemm);
       FillIn(out.float_gemm, next.float_gemm);
+      FillIn(out.planes, next.planes);
+      FillIn(out.line_conv, next.line_conv);
       FillIn(out.patches, next.patches);
       FillIn(out.depthwise, next.depthwise);
       FillIn(out.code_sums, next.code_sums);
       FillIn(out.sum_pool, next.sum_pool);
       FillIn(out.max_pool, next.max_pool);
+      FillIn(out.resize_down, next.resize_down);
+      FillIn(out.resize_across, next.resize_across);
       FillIn(out.epilogue, next.epilogue);
     }
   }

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "codes.h"
+#include "kernels/kernels.h"
 #include "network.h"
 
 namespace lowbit {
@@ -373,6 +374,18 @@ Value Builder::PixelShuffle(const std::string& name, Value x, int factor) {
   s.height *= factor;
   s.width *= factor;
   s.channels /= factor * factor;
+  r.node().factor = factor;
+  return r.Done();
+}
+
+Value Builder::ResizeBicubic(const std::string& name, Value x, int factor) {
+  Rule r(*network_, name, Op::kResizeBicubic, {x});
+  r.Image();
+  if (r.in().dtype != Dtype::kFloat32) r.fail(std::string("takes float32, got ") + Text(r.in().dtype));
+  if (factor < 2 || factor > kMaxResize) r.fail("enlarges by 2.." + std::to_string(kMaxResize));
+  r.node().type = r.in();
+  r.node().type.shape.height *= factor;
+  r.node().type.shape.width *= factor;
   r.node().factor = factor;
   return r.Done();
 }

@@ -25,6 +25,7 @@ enum class Op : uint8_t {
   kAvgPool,
   kGlobalAvgPool,
   kPixelShuffle,
+  kResizeBicubic,
   kConcat,
   kFlatten,
   kOutput,

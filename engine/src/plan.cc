@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <numeric>
 #include <stdexcept>
@@ -15,7 +16,9 @@ namespace {
 constexpr int64_t kTileBytes = 16 << 10;  // accumulators between a producer and its epilogue: stay in L1
 constexpr int64_t kTableRows = 1 << 20;   // rows of tables: stay in L2
 constexpr int64_t kTableStrip = 14, kTableStripBytes = 40 << 10;
+constexpr int64_t kLineRows = 1 << 20;    // rows of planes: stay in L2
 constexpr int64_t kPatchBytes = 64 << 10;  // im2col of one tile: stay in L2
+constexpr int64_t kFlatPixels = 960;       // of a tile of one channel: whole blocks enlarged by 2, 3 or 4
 
 Rep Natural(const ValueType& t) {
   switch (t.dtype) {
@@ -95,6 +98,7 @@ class Planner {
   // can be read where it lies. Few channels in wide pixels would be mostly zeros.
   bool ReadsSource(const Node& n, Rep rep, int64_t pixel) const {
     if ((n.op != Op::kConv && n.op != Op::kLinear) || n.groups != 1 || IsBitConv(n)) return false;
+    if (TakesLines(n)) return false;
     const ValueType& x = type(n.inputs[0]);
     const bool integer = n.weights.integer && x.dtype == Dtype::kCodes;
     if (rep == Rep::kU8) return true;
@@ -142,6 +146,22 @@ class Planner {
     return tables < bytes;
   }
 
+  // Floats to so few filters that most lanes of a block of 16 would idle: pixels take the lanes.
+  bool TakesLines(const Node& n) const {
+    if (n.op != Op::kConv || n.groups != 1 || n.type.dtype != Dtype::kFloat32) return false;
+    if (!n.offsets.input.empty() || !n.offsets.weight.empty()) return false;
+    const Shape& out = n.type.shape;
+    if (n.geometry.stride != std::array<int, 2>{1, 1}) return false;
+    if (2 * RoundUp(out.width, kLanes) * out.channels > out.width * kLanes) return false;
+    const int64_t rows = int64_t(n.kernel[0] - 1) * n.geometry.dilation[0] + 1;
+    return rows * type(n.inputs[0]).shape.channels * PlaneStep(n) * 4 <= kLineRows;
+  }
+
+  static int64_t PlaneStep(const Node& n) {
+    return RoundUp(n.type.shape.width, kLanes) + RoundUp(int64_t(n.kernel[1] - 1) * n.geometry.dilation[1], kLanes) +
+           2 * kLanes;
+  }
+
   static int64_t TableGroups(int64_t channels) { return RoundUp(channels, kTableChannels) / kTableChannels; }
 
   Rep Reads(Value consumer, Value v) const {
@@ -162,16 +182,17 @@ class Planner {
     return buffer;
   }
 
-  int NewBuffer(Value v, Rep rep, bool dense = false) {
+  int NewBuffer(Value v, Rep rep, bool dense = false, bool flat = false) {
     Buffer b{v, rep, type(v).shape, 0};
     const int64_t c = b.shape.channels;
     const bool bits = rep == Rep::kBits || rep == Rep::kHalfBits;
-    b.pixel = dense ? c : rep == Rep::kHalfBits ? 1 : bits ? RoundUp(c, 32) / 32 : RoundUp(c, kLanes);
+    b.pixel = dense || flat ? c : rep == Rep::kHalfBits ? 1 : bits ? RoundUp(c, 32) / 32 : RoundUp(c, kLanes);
     for (Value consumer : consumers_[size_t(v)]) {
       const Node& n = node(consumer);
       if (bits ? !IsBitConv(n) : !ReadsSource(n, rep, b.pixel)) continue;
       for (size_t i = 0; i < 4; ++i) b.ring[i] = std::max(b.ring[i], n.geometry.padding[i]);
     }
+    if (flat) b.fill = RoundUp(b.shape.width, kLanes) - b.shape.width;
     if (rep == Rep::kU8) {
       const ValueType& t = type(v);
       b.zero.assign(size_t(c), uint8_t(-LowestCode(t.codes)));
@@ -200,7 +221,8 @@ class Planner {
   }
 
   static void PushConstant(PlanStep& s, Step step, const std::vector<float>& values) {
-    Push(s, step).constant = Constant(s, values);
+    Push(s, step).constant =
+        s.flat ? Constant(s, std::vector<float>(size_t(kFlatPixels), values[0])) : Constant(s, values);
   }
 
   EpilogueStep& PushSlot(PlanStep& s, Step step, int buffer) {
@@ -212,7 +234,7 @@ class Planner {
   }
 
   EpilogueStep& PushStore(PlanStep& s, Step step, Value v, Rep rep) {
-    const int buffer = NewBuffer(v, rep);
+    const int buffer = NewBuffer(v, rep, /*dense=*/false, s.flat);
     if (step == Step::kStoreF16 && !s.epilogue.empty() && s.epilogue.back().step == Step::kRoundHalf) {
       s.epilogue.pop_back();
       step = Step::kRoundStoreF16;
@@ -260,7 +282,7 @@ class Planner {
     s.info.name = node(v).name;
   }
 
-  bool CanFollow(Value next, Value v) const {
+  bool CanFollow(const PlanStep& s, Value next, Value v) const {
     const Node& n = node(next);
     switch (n.op) {
       case Op::kMul:
@@ -272,7 +294,8 @@ class Planner {
       case Op::kAddValue: {
         if (n.inputs[0] == n.inputs[1]) return false;
         const Value other = n.inputs[0] == v ? n.inputs[1] : n.inputs[0];
-        return stored_.count({other, Natural(type(other))}) != 0;
+        const auto stored = stored_.find({other, Natural(type(other))});
+        return stored != stored_.end() && (!s.flat || plan_.buffers[size_t(stored->second)].pixel == 1);
       }
       default: return false;
     }
@@ -309,9 +332,11 @@ class Planner {
     for (;;) {
       std::vector<Value> rest;
       std::vector<Value> quantizes;
-      for (Value c : consumers_[size_t(v)]) (node(c).op == Op::kQuantize ? quantizes : rest).push_back(c);
+      for (Value c : consumers_[size_t(v)]) {
+        (node(c).op == Op::kQuantize && !s.flat ? quantizes : rest).push_back(c);
+      }
       const auto next =
-          std::find_if(rest.begin(), rest.end(), [&](Value c) { return !done_[size_t(c)] && CanFollow(c, v); });
+          std::find_if(rest.begin(), rest.end(), [&](Value c) { return !done_[size_t(c)] && CanFollow(s, c, v); });
       const Value follow = next == rest.end() ? -1 : *next;
       if (next != rest.end()) rest.erase(next);
       Store(s, v, rest);
@@ -337,6 +362,10 @@ class Planner {
       case Op::kAvgPool:
       case Op::kGlobalAvgPool: Plain(s, v, Producer::kPool, "pool"); break;
       case Op::kPixelShuffle: Plain(s, v, Producer::kShuffle, "pixel_shuffle"); break;
+      case Op::kResizeBicubic:
+        SetTaps(s, n.factor);
+        Plain(s, v, Producer::kResize, "resize_bicubic");
+        break;
       case Op::kConcat: Plain(s, v, Producer::kConcat, "concat"); break;
       case Op::kFlatten: Plain(s, v, Producer::kFlatten, "flatten"); break;
       case Op::kOutput:
@@ -382,6 +411,11 @@ class Planner {
     s.tile = Natural(type(n.inputs[0]));
     s.sources.push_back(Source(n.inputs[0], s.tile));
     if (n.op == Op::kQuantize) return StoreQuantized(s, v);
+    s.flat = IsFlat(n.type) && std::all_of(n.inputs.begin(), n.inputs.end(), [&](Value x) {
+               const auto stored = stored_.find({x, Natural(type(x))});
+               return IsFlat(type(x)) && stored != stored_.end() && plan_.buffers[size_t(stored->second)].pixel == 1;
+             });
+    if (s.flat) s.tile_pixels = kFlatPixels;
     if (n.op == Op::kAddValue && n.inputs[0] == n.inputs[1]) {
       PushSlot(s, s.tile == Rep::kF16 ? Step::kAddF16 : Step::kAddF32, s.sources[0]);
       Cover(s, v);
@@ -398,10 +432,33 @@ class Planner {
     s.info.isa = kernels_.isa;
     for (Value x : n.inputs) s.sources.push_back(Source(x, Natural(type(x))));
     s.tile = producer == Producer::kPool ? Rep::kF32 : Natural(n.type);
-    s.tile_step = RoundUp(n.type.shape.channels, kLanes);
-    s.tile_pixels = producer == Producer::kFlatten ? 1 : TilePixels(s);
+    const bool enlarges = producer == Producer::kShuffle || producer == Producer::kResize;
+    s.flat = enlarges && IsFlat(n.type);
+    s.tile_step = s.flat ? 1 : RoundUp(n.type.shape.channels, kLanes);
+    s.tile_pixels = s.flat ? kFlatPixels : producer == Producer::kFlatten ? 1 : TilePixels(s);
+    if (producer == Producer::kResize || s.flat) s.tile_pixels -= s.tile_pixels % n.factor;  // begin at whole pixels
     Cover(s, v);
     Chain(s, v);
+  }
+
+  // Numbers of one channel: a block of 16 channels for each of them would be 15 parts air.
+  static bool IsFlat(const ValueType& t) {
+    return t.shape.image && t.shape.channels == 1 && t.shape.width > 1 &&
+           (t.dtype == Dtype::kFloat32 || t.dtype == Dtype::kFloat16);
+  }
+
+  // Keys' cubic with a = -0.5 at the taps around every phase's position (docs/OPS.md).
+  static void SetTaps(PlanStep& s, int factor) {
+    for (int phase = 0; phase < factor; ++phase) {
+      const double at = (phase + 0.5) / factor - 0.5;
+      const int from = int(std::floor(at)) - 1;
+      s.from[size_t(phase)] = from;
+      for (int k = 0; k < 4; ++k) {
+        const double t = std::abs(at - (from + k));
+        const double near = (1.5 * t - 2.5) * t * t + 1, far = ((-0.5 * t + 2.5) * t - 4) * t + 2;
+        s.taps_of[size_t(phase * 4 + k)] = float(t <= 1 ? near : far);
+      }
+    }
   }
 
   int TilePixels(const PlanStep& s) const {
@@ -428,6 +485,8 @@ class Planner {
       PackDepthwise(s, n);
     } else if (UsesTables(n)) {
       PackTables(s, n);
+    } else if (TakesLines(n)) {
+      PackLines(s, n);
     } else {
       PackGemm(s, n);
     }
@@ -608,6 +667,28 @@ class Planner {
     }
   }
 
+  // Weights as [set of kLineFilters filters][row][column][channel][filter of the set].
+  void PackLines(PlanStep& s, const Node& n) {
+    s.producer = Producer::kLineConv;
+    s.info.kernel = "line_conv";
+    const Weights& w = n.weights;
+    const int64_t filters = w.shape[0], k = w.shape[1] * w.shape[2] * w.shape[3];
+    s.flat = IsFlat(n.type);
+    s.tile_step = s.flat ? 1 : RoundUp(filters, kLanes);
+    s.tile_pixels = s.flat ? kFlatPixels : 64;
+    s.blocks = RoundUp(filters, kLineFilters) / kLineFilters;
+    s.depth = (w.shape[1] - 1) * n.geometry.dilation[0] + 1;
+    s.plane_step = PlaneStep(n);
+    s.w_block = k * kLineFilters;
+    s.float_weights = Aligned<float>(size_t(s.blocks * s.w_block));
+    s.info.weight_bytes = s.blocks * s.w_block * 4;
+    for (int64_t o = 0; o < filters; ++o) {
+      const int64_t set = o / kLineFilters, of = std::min<int64_t>(kLineFilters, filters - set * kLineFilters);
+      for (int64_t i = 0; i < k; ++i)
+        s.float_weights[size_t(set * s.w_block + i * of + o % kLineFilters)] = Number(w, o * k + i);
+    }
+  }
+
   // A weight is m i + e of its index i: bipolar codes are 2 i - (2^K - 1), two's complement ones i - 2^(K-1). So the
   // sum of weight x byte is m * (sum over bits k of i, 2^k * sum of the bytes picked) + e * (sum of the bytes). Less
   // what the zeros among them stand for, as in PackGemm. Packed as [set of 64 filters][row][group of
@@ -677,6 +758,14 @@ class Planner {
       return s.depth * int64_t{sizeof(int64_t)} + pixels * node(s.node).groups * 4 + kSlack;
     }
     int64_t bytes = RoundUp(s.tile_pixels * s.tile_step * 4, 64) + kSlack;
+    if (s.producer == Producer::kResize) {  // a row with its ring, and four rows of one channel that lie wide
+      const int64_t row = type(node(s.node).inputs[0]).shape.width + 2 * kResizeRing;
+      return bytes + RoundUp(row * (s.flat ? 5 : s.tile_step) * 4, 64) + 5 * kSlack;
+    }
+    if (s.producer == Producer::kLineConv) {
+      const int64_t planes = s.depth * type(node(s.node).inputs[0]).shape.channels * s.plane_step;
+      return bytes + planes * 4 + s.depth * 8 + kSlack;
+    }
     if (s.producer == Producer::kTableConv) {
       const int64_t tables = s.depth * s.table_columns * s.table_groups * kTableBytes;
       return bytes + s.partial_bytes + tables + (s.depth + s.rows + node(s.node).kernel[0]) * 8 +

@@ -24,8 +24,9 @@ struct Buffer {
   std::vector<uint8_t> zero = {};  // kU8: the byte that stands for 0 in each channel
   int first = 0, last = 0;         // steps that write it and read it last
   int64_t offset = 0;              // in the workspace of a batch of 1; everything scales with the batch
+  int64_t fill = 0;                // elements behind a row
 
-  int64_t row() const { return (shape.width + ring[1] + ring[3]) * pixel; }
+  int64_t row() const { return (shape.width + ring[1] + ring[3]) * pixel + fill; }
   int64_t image_bytes() const { return (shape.height + ring[0] + ring[2]) * row() * RepSize(rep); }
   int64_t room() const { return RoundUp(image_bytes(), 64) + kSlack; }
   int64_t at(int64_t y, int64_t x) const {
@@ -38,10 +39,12 @@ enum class Producer : uint8_t {
   kBitConv,
   kGemm,
   kTableConv,
+  kLineConv,
   kDepthwise,
   kCodeSums,
   kPool,
   kShuffle,
+  kResize,
   kConcat,
   kFlatten,
   kElementwise,
@@ -57,6 +60,9 @@ struct PlanStep {
   std::vector<int> slots;     // the buffers behind the epilogue's slots
   std::vector<int> writes;    // the buffers among them that it fills
   bool batch_is_row = false;  // everything is 1 x 1: the batch takes the place of the width
+  // Of one channel, stored without a gap between pixels: the epilogue takes 16 neighbouring pixels as the channels of
+  // one. It fills rows up to whole blocks, before their ring gets its zeros.
+  bool flat = false;
   std::vector<Aligned<float>> constants;
 
   // convolutions
@@ -77,6 +83,9 @@ struct PlanStep {
   Aligned<uint8_t> table_weights;
   Aligned<int32_t> byte_start;  // what sums of bytes begin at: takes the zeros' part away
 
+  // convolutions to a few filters. `blocks` counts sets of filters, `depth` input rows that a window reaches over
+  int64_t plane_step = 0;
+
   // convolutions by tables. `blocks` counts sets of 64 filters, `depth` input rows that a window reaches over, `rows`
   // the rows of a window, or its taps where these are taken one by one
   int table_groups = 0;   // tables of a pixel
@@ -90,6 +99,10 @@ struct PlanStep {
   int64_t rows_at_once = 0;  // of those whose sums fit 16 bits
   Aligned<float> float_weights;
   Aligned<int32_t> depth_weights;
+
+  // enlarging: where the taps of each phase begin, and what they are multiplied by
+  std::array<int, kMaxResize> from = {};
+  std::array<float, kMaxResize * 4> taps_of = {};
 
   // border classes: where the numbers of an output row's class begin in `table` and `border`, in steps, and from there
   // those of its pixels' classes

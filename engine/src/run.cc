@@ -47,6 +47,10 @@ class RowRunner {
     }
     const int64_t height = s_.shape.height;
     if (s_.producer == Producer::kCodeSums) std::fill_n(summed_rows(), s_.depth, int64_t{-1});
+    if (s_.producer == Producer::kLineConv) {
+      std::fill_n(line_rows(), s_.depth, int64_t{-1});
+      if (!s_.flat) std::memset(scratch_, 0, size_t(s_.tile_pixels * s_.tile_step * 4));  // lanes without a filter
+    }
     if (s_.producer == Producer::kBitConv) {  // one image at a time: groups of filters outside, rows inside
       while (first < last) {
         const int64_t image = first / height, y0 = first % height, y1 = std::min(height, y0 + last - first);
@@ -66,8 +70,9 @@ class RowRunner {
       return;
     }
     for (int64_t r = first; r < last; ++r) {
-      ZeroRings(r / height, r % height, r % height + 1);
+      if (!s_.flat) ZeroRings(r / height, r % height, r % height + 1);
       Row(r / height, r % height, 0, s_.shape.width);
+      if (s_.flat) ZeroRings(r / height, r % height, r % height + 1);
     }
   }
 
@@ -101,7 +106,7 @@ class RowRunner {
       at += left + b.shape.width * pixel;
       for (int64_t y = y0 + 1; y < y1; ++y, at += row) Zero(at, right + left);  // side by side
       Zero(at, right);
-      if (y1 == b.shape.height) std::memset(at + right, 0, size_t(b.ring[2] * row));
+      if (y1 == b.shape.height) std::memset(at + right + b.fill * RepSize(b.rep), 0, size_t(b.ring[2] * row));
     }
   }
 
@@ -124,8 +129,15 @@ class RowRunner {
       case Producer::kCodeSums: return CodeSumsRow(image, y);
       case Producer::kElementwise: {
         const Buffer& b = buffer(s_.sources[0]);
+        for (int64_t x = x0; s_.flat && x < x1; x += s_.tile_pixels) {
+          const int64_t pixels = std::min<int64_t>(s_.tile_pixels, x1 - x);
+          Finish(At(s_.sources[0], image, y, x), b.pixel, image, y, x, pixels);
+        }
+        if (s_.flat) return;
         return Finish(At(s_.sources[0], image, y, x0), b.pixel, image, y, x0, x1 - x0);
       }
+      case Producer::kResize: return ResizeRow(image, y);
+      case Producer::kLineConv: return LineRow(image, y);
       default: break;
     }
     for (int64_t x = x0; x < x1; x += s_.tile_pixels) {
@@ -186,7 +198,8 @@ class RowRunner {
   }
 
   void Finish(const void* tile, int64_t tile_step, int64_t image, int64_t y, int64_t x, int64_t pixels) {
-    Epilogue e = EpilogueAt(image, y, x, pixels, 0, RoundUp(s_.shape.channels, kLanes) / kLanes);
+    const int64_t lanes = s_.flat ? pixels : s_.shape.channels;
+    Epilogue e = EpilogueAt(image, y, x, s_.flat ? 1 : pixels, 0, RoundUp(lanes, kLanes) / kLanes);
     e.src = tile;
     e.src_step = tile_step;
     k_.epilogue(e);
@@ -522,6 +535,54 @@ class RowRunner {
     }
   }
 
+  // Scratch of a kLineConv step, behind the tile: the planes of the last `depth` input rows, and which rows these are.
+  float* line_planes() const {
+    return reinterpret_cast<float*>(scratch_ + RoundUp(s_.tile_pixels * s_.tile_step * 4, 64) + kSlack);
+  }
+  int64_t line_row() const { return buffer(s_.sources[0]).shape.channels * s_.plane_step; }
+  int64_t* line_rows() const { return reinterpret_cast<int64_t*>(line_planes() + s_.depth * line_row()); }
+
+  void LineRow(int64_t image, int64_t y) {
+    const Buffer& b = buffer(s_.sources[0]);
+    const Geometry& g = n_.geometry;
+    const int64_t channels = b.shape.channels, width = b.shape.width;
+    const int64_t top = y - g.padding[0], left = g.padding[1], right = g.padding[3];
+    const auto [r0, r1] = Inside(top, n_.kernel[0], g.dilation[0], b.shape.height);
+    std::array<const float*, 11> rows = {};  // as many as kernels have
+    for (int64_t r = r0; r < r1; ++r) {
+      const int64_t at = top + r * g.dilation[0], slot = at % s_.depth, id = image * b.shape.height + at;
+      float* const planes = line_planes() + slot * line_row();
+      rows[size_t(r - r0)] = planes;
+      if (line_rows()[slot] == id) continue;
+      line_rows()[slot] = id;
+      k_.planes(
+          {At(s_.sources[0], image, at, 0), b.rep, b.pixel, int(width), int(channels), planes + left, s_.plane_step});
+      for (int64_t k = 0; k < channels; ++k) {
+        std::fill_n(planes + k * s_.plane_step, left, 0.0f);
+        std::fill_n(planes + k * s_.plane_step + left + width, right, 0.0f);
+      }
+    }
+    LineConv c{};
+    c.row_count = int(r1 - r0);
+    c.columns = n_.kernel[1];
+    c.channels = int(channels);
+    c.tap_step = g.dilation[1];
+    c.plane_step = s_.plane_step;
+    c.w = s_.float_weights.data();
+    c.set_step = s_.w_block;
+    c.filters = int(n_.weights.shape[0]);
+    c.out = reinterpret_cast<float*>(scratch_);
+    c.out_step = s_.tile_step;
+    c.first = r0 * n_.kernel[1] * channels;
+    c.rows = rows.data();
+    for (int64_t x = 0; x < s_.shape.width; x += s_.tile_pixels) {
+      c.pixels = int(std::min<int64_t>(s_.tile_pixels, s_.shape.width - x));
+      k_.line_conv(c);
+      Finish(scratch_, s_.tile_step, image, y, x, c.pixels);
+      for (int r = 0; r < c.row_count; ++r) rows[size_t(r)] += s_.tile_pixels;
+    }
+  }
+
   Window InputWindow(int64_t image, int64_t y, int64_t x) const {
     const Buffer& b = buffer(s_.sources[0]);
     const Geometry& g = n_.geometry;
@@ -572,12 +633,61 @@ class RowRunner {
 
   template <typename T>
   void Shuffle(int64_t image, int64_t y, int64_t x, int64_t pixels) const {
-    const int64_t r = n_.factor, channels = s_.shape.channels;
-    for (int64_t p = 0; p < pixels; ++p) {
-      const int64_t i = y % r, j = (x + p) % r;
-      const T* from = reinterpret_cast<const T*>(At(s_.sources[0], image, y / r, (x + p) / r)) + i * r + j;
-      T* to = reinterpret_cast<T*>(scratch_) + p * s_.tile_step;
-      for (int64_t c = 0; c < channels; ++c) to[c] = from[c * r * r];
+    const int64_t r = n_.factor, channels = s_.shape.channels, step = buffer(s_.sources[0]).pixel;
+    const T* pixel = reinterpret_cast<const T*>(At(s_.sources[0], image, y / r, x / r)) + y % r * r;
+    T* to = reinterpret_cast<T*>(scratch_);
+    int64_t j = x % r;
+    if (s_.flat) {
+      for (int64_t p = 0; p < pixels; p += r, pixel += step, to += r) {
+        for (int64_t i = 0; i < r; ++i) to[i] = pixel[i];
+      }
+      return;
+    }
+    for (int64_t p = 0; p < pixels; ++p, to += s_.tile_step) {
+      for (int64_t c = 0; c < channels; ++c) to[c] = pixel[c * r * r + j];
+      if (++j == r) {
+        j = 0;
+        pixel += step;
+      }
+    }
+  }
+
+  void ResizeRow(int64_t image, int64_t y) {
+    const Buffer& b = buffer(s_.sources[0]);
+    const int64_t r = n_.factor, height = b.shape.height, width = b.shape.width;
+    Resize c{};
+    c.flat = s_.flat;
+    c.width = int(width);
+    c.blocks = int(s_.tile_step / kLanes);
+    c.factor = int(r);
+    c.across = s_.taps_of.data();
+    c.from = s_.from.data();
+    c.src_step = b.pixel;
+    c.dst = reinterpret_cast<float*>(scratch_);
+    c.dst_step = s_.tile_step;
+    char* const rows = scratch_ + RoundUp(s_.tile_pixels * s_.tile_step * 4, 64) + kSlack;
+    const int64_t before = kResizeRing * s_.tile_step, row_size = width + 2 * kResizeRing + kSlack / 4;
+    c.row = reinterpret_cast<float*>(rows) + before;
+    const int64_t top = y / r + s_.from[size_t(y % r)];
+    for (int64_t k = 0; k < 4; ++k) {
+      c.down[k] = s_.taps_of[size_t(y % r * 4 + k)];
+      const int64_t at = ((top + k) % (2 * height) + 2 * height) % (2 * height);
+      const float* const from =
+          reinterpret_cast<const float*>(At(s_.sources[0], image, std::min(at, 2 * height - 1 - at), 0));
+      c.src[k] = from;
+      if (s_.flat && b.pixel != 1) {
+        float* const dense = reinterpret_cast<float*>(rows) + (k + 1) * row_size;
+        for (int64_t x = 0; x < width; ++x) dense[x] = from[x * b.pixel];
+        c.src[k] = dense;
+      }
+    }
+    k_.resize_down(c);
+    for (int64_t x = 0; x < s_.shape.width; x += s_.tile_pixels) {
+      const int64_t pixels = std::min<int64_t>(s_.tile_pixels, s_.shape.width - x);
+      c.first = int(x / r);
+      c.pixels = int(pixels / r);
+      k_.resize_across(c);
+      Finish(scratch_, s_.tile_step, image, y, x, pixels);
     }
   }
 
@@ -602,7 +712,7 @@ class RowRunner {
     const int id = s_.sources[0];
     const Buffer& b = buffer(id);
     const char* from = Start(id, image);
-    if (b.pixel == b.shape.channels && b.ring == std::array<int, 4>{}) return from;
+    if (b.pixel == b.shape.channels && b.ring == std::array<int, 4>{} && b.fill == 0) return from;
     const int64_t bytes = b.shape.channels * RepSize(b.rep);
     char* to = scratch_;
     for (int64_t y = 0; y < b.shape.height; ++y) {
@@ -627,6 +737,12 @@ class RowRunner {
 void Unload(const Buffer& b, const char* image, char* out) {
   const int64_t channels = b.shape.channels;
   for (int64_t y = 0; y < b.shape.height; ++y) {
+    if (b.pixel == channels && (b.rep == Rep::kF32 || b.rep == Rep::kF16)) {
+      const int64_t bytes = b.shape.width * channels * RepSize(b.rep);
+      std::memcpy(out, image + b.at(y, 0), size_t(bytes));
+      out += bytes;
+      continue;
+    }
     for (int64_t x = 0; x < b.shape.width; ++x) {
       const char* at = image + b.at(y, x);
       if (b.rep == Rep::kHalfBits) {

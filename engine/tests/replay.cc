@@ -275,6 +275,8 @@ void AddNode(Builder& b, const std::string& op, Reader& r) {
     b.GlobalAvgPool(name, x);
   } else if (op == "pixel_shuffle") {
     b.PixelShuffle(name, x, r.Int());
+  } else if (op == "resize_bicubic") {
+    b.ResizeBicubic(name, x, r.Int());
   } else if (op == "flatten") {
     b.Flatten(name, x);
   } else if (op == "output") {

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lowbit.train.export import Export
     from lowbit.train.table import Cell
     from lowbit.train.workers import Executor
+    from lowbit.upscale import Job, Upscaler
 
 app = typer.Typer(
     name="lowbit",
@@ -415,6 +416,121 @@ def predict(
         for i, (name, share) in enumerate(found.classes):
             table.add_row(escape(str(found.path)) if i == 0 else "", escape(name), f"{share:.1%}")
     out.print(table)
+
+
+@app.command(
+    epilog="Examples: lowbit upscale x2.lowbit photo.jpg photo-x2.png   |   lowbit upscale x2.lowbit photos/ larger/ --threads 2   |   "
+    "lowbit upscale x2.lowbit photos/ larger/ --compare larger/page.html --float float.lowbit"
+)
+def upscale(
+    file: FileArgument,
+    source: Annotated[Path, typer.Argument(help="A picture (PNG, JPEG, BMP, WebP) or a folder of them.", metavar="IN")],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            help="The larger picture (.png or .jpg), or a folder; of a folder of pictures PNGs of the same name go there.",
+            metavar="OUT",
+        ),
+    ],
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite; without it, what is there already is left as it is.")
+    ] = False,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PAGE",
+            help="Also write a page (HTML, and a PNG beside it) with crops side by side: nearest, bicubic, this file.",
+        ),
+    ] = None,
+    twin: Annotated[
+        Path | None, typer.Option("--float", metavar="FILE", help="With --compare: another file to show beside it.")
+    ] = None,
+    threads: ThreadsOption = 1,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            help="Largest side of the parts that a picture is cut into, in its pixels; the result is the same. By default what is fastest."
+        ),
+    ] = None,
+    isa: IsaOption = None,
+) -> None:
+    """Enlarge pictures of any size with a super-resolution network.
+
+    Depth, transparency and colour profile are kept, EXIF's orientation is applied. The same command goes on with a folder where it was
+    interrupted. A picture of a folder that can't be read is named and left out; the exit status is then 1.
+    """
+    from lowbit.upscale import Upscaler, jobs
+
+    if twin is not None and compare is None:
+        raise typer.BadParameter("--float FILE is shown on a page: add --compare PAGE")
+    larger = Upscaler(file, threads=threads, tile=tile, isa=isa)
+    beside = None if twin is None else Upscaler(twin, threads=threads, tile=tile, isa=isa)
+    work = jobs(source, target)
+    if compare is not None:
+        from lowbit import sidebyside
+
+        sidebyside.check_place(compare, work, larger, beside)
+    to_do = [job for job in work if force or not job.done]
+    if not to_do and not source.is_dir() and compare is None:
+        raise typer.BadParameter(f"{work[0].target} is there already; overwrite it with --force")
+    if len(to_do) < len(work):
+        err.print(
+            f"{len(work) - len(to_do)} of {len(work)} are there already; --force makes them again", highlight=False
+        )
+    try:
+        failed = _upscale_all(larger, to_do, alone=not source.is_dir())
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command goes on")
+        raise typer.Exit(130) from None
+    if compare is not None:
+        for path in sidebyside.write_page(compare, [job for job in work if job.done], larger, file, beside, twin):
+            out.print(f"wrote [bold]{escape(str(path))}[/]", soft_wrap=True)
+    if failed:
+        err.print(f"{failed} of {len(work)} pictures could not be enlarged", highlight=False)
+        raise typer.Exit(1)
+
+
+def _upscale_all(larger: Upscaler, to_do: Sequence[Job], alone: bool) -> int:
+    """Enlarge them, with one bar for all; returns how many could not be. `alone`: an error ends it."""
+    from lowbit.pictures import ImageError, read_header
+    from lowbit.upscale import UpscaleError, upscale_file
+
+    sizes: dict[Path, int] = {}
+    for job in to_do:
+        with suppress(ImageError):  # named when its turn comes
+            header = read_header(job.source)
+            sizes[job.source] = header.width * header.height
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("time left"),
+        TimeRemainingColumn(),
+    )
+    failed = done = 0
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        bar = bars.add_task("", total=sum(sizes.values()))
+        for job in to_do:
+            pixels = sizes.get(job.source, 0)
+            bars.update(bar, description=escape(job.source.name), completed=done)
+            start = time.perf_counter()
+
+            def tiles(at: int, of: int, before: int = done, pixels: int = pixels) -> None:
+                bars.update(bar, completed=before + pixels * at / of)
+
+            try:
+                made = upscale_file(larger, job, tiles)
+            except (ImageError, UpscaleError) as error:
+                if alone:
+                    raise
+                failed += 1
+                err.print(f"[red]left out:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+            else:
+                took = time.perf_counter() - start
+                facts = f"{made.width} x {made.height}, {took:.1f} s"
+                out.print(f"{escape(str(job.target))}: {facts}", soft_wrap=True, highlight=False)
+            done += pixels
+    return failed
 
 
 @app.command(epilog="Example: lowbit bench runs/demo/model.lowbit --threads 1 --json runs/demo/bench.json")

@@ -15,7 +15,7 @@ SUFFIX = ".tmp"
 """End of the temporary files' names: ``.NAME.RANDOM.tmp``."""
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Write `data` under a temporary name beside `path`, then rename.
 
     The data is on the disk before it takes the name, and the name is on the disk at the end: neither a kill nor a power cut
@@ -33,7 +33,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
-def _write(target: Path, data: bytes) -> None:
+def _write(target: Path, data: bytes | memoryview) -> None:
     descriptor, temporary = _temporary(target)
     try:
         with os.fdopen(descriptor, "wb") as stream:

@@ -20,6 +20,7 @@ from lowbit.bits import Codes, packed_size
 
 MAX_KERNEL: Final = 11
 MAX_STEP: Final = 8  # stride and dilation
+MAX_RESIZE: Final = 4
 MAX_SIDE: Final = 1 << 16
 INT32_LIMIT: Final = 2**31
 
@@ -408,6 +409,15 @@ def _pixel_shuffle(c: _Context) -> ValueType:
     return replace(x, shape=(h * r, w * r, channels // (r * r)))
 
 
+def _resize_bicubic(c: _Context) -> ValueType:
+    x = c.one("float32")
+    h, w, channels = c.image(x)
+    r = c.attr("factor")
+    if type(r) is not int or not 2 <= r <= MAX_RESIZE:
+        raise c.fail(f"enlarges by 2..{MAX_RESIZE}, got the factor {r!r}")
+    return replace(x, shape=(h * r, w * r, channels))
+
+
 def _concat(c: _Context) -> ValueType:
     if len(c.inputs) < 2:
         raise c.fail("joins two values or more")
@@ -455,6 +465,7 @@ OPS: Final[Mapping[str, Callable[[_Context], ValueType]]] = MappingProxyType(
         "avg_pool": _avg_pool,
         "global_avg_pool": _global_avg_pool,
         "pixel_shuffle": _pixel_shuffle,
+        "resize_bicubic": _resize_bicubic,
         "concat": _concat,
         "flatten": _flatten,
         "output": _output,

@@ -13,7 +13,17 @@ from lowbit.graph import Graph, Node, ValueType
 from lowbit.packfile import KEY, read
 
 _LAYERS: Final = frozenset(
-    {"input", "conv2d", "linear", "max_pool", "avg_pool", "global_avg_pool", "pixel_shuffle", "concat"}
+    {
+        "input",
+        "conv2d",
+        "linear",
+        "max_pool",
+        "avg_pool",
+        "global_avg_pool",
+        "pixel_shuffle",
+        "resize_bicubic",
+        "concat",
+    }
 )
 """Ops with a row of their own; any other op belongs to the row of its first input."""
 

@@ -6,6 +6,7 @@ written out in the one order that docs/OPS.md gives; NumPy's `sum` and `matmul` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Final
@@ -242,6 +243,49 @@ def _pixel_shuffle(node: Node, inputs: list[Array], params: Mapping[str, Tensor]
     return blocks.transpose(0, 1, 4, 2, 5, 3).reshape(n, h * r, w * r, channels // (r * r))
 
 
+def bicubic_taps(factor: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Where the four taps of the output positions lie, and their coefficients (docs/OPS.md, `resize_bicubic`).
+
+    Returns:
+        first: (factor,): output position factor * x + phase has the taps x + first[phase] and the three behind it.
+        coefficients: (factor, 4), float32.
+    """
+    first, coefficients = np.empty(factor, np.int64), np.empty((factor, 4), np.float32)
+    for phase in range(factor):
+        at = (phase + 0.5) / factor - 0.5
+        first[phase] = math.floor(at) - 1
+        for k in range(4):
+            t = abs(at - (first[phase] + k))
+            near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
+            coefficients[phase, k] = near if t <= 1 else far
+    return first, coefficients
+
+
+def mirrored(at: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Positions outside of 0 .. size - 1 mirrored into it: -1 -> 0, -2 -> 1, size -> size - 1."""
+    at = at % (2 * size)
+    return np.minimum(at, 2 * size - 1 - at)
+
+
+def _resize_bicubic(node: Node, inputs: list[Array], params: Mapping[str, Tensor], types: list[ValueType]) -> Array:
+    x, factor = inputs[0], node.attrs["factor"]
+    first, coefficients = bicubic_taps(factor)
+    for axis in (1, 2):
+        size = x.shape[axis]
+        position = np.arange(size * factor)
+        taps = (position // factor + first[position % factor])[:, None] + np.arange(4)
+        at = mirrored(taps, size)
+        along = [1] * 4
+        along[axis] = -1
+        total: Array | None = None
+        for k in range(4):
+            product = x.take(at[:, k], axis=axis) * coefficients[position % factor, k].reshape(along)
+            total = product if total is None else total + product
+        assert total is not None
+        x = total
+    return x
+
+
 def _concat(node: Node, inputs: list[Array], params: Mapping[str, Tensor], types: list[ValueType]) -> Array:
     return np.concatenate(inputs, axis=-1)
 
@@ -270,6 +314,7 @@ RULES: Final[Mapping[str, Callable[[Node, list[Array], Mapping[str, Tensor], lis
             "avg_pool": _avg_pool,
             "global_avg_pool": _global_avg_pool,
             "pixel_shuffle": _pixel_shuffle,
+            "resize_bicubic": _resize_bicubic,
             "concat": _concat,
             "flatten": _flatten,
             "output": _output,

@@ -201,7 +201,10 @@ def predict(engine: Engine, paths: Sequence[Path], top: int = 3, invert: bool = 
     """
     task = engine.meta.get("task", "classify")
     if task != "classify":
-        raise ImageError(f"this network's task is {task!r}; predict names classes")
+        raise ImageError(
+            f"this network's task is {task!r}; predict names classes"
+            + ("; enlarge pictures with lowbit upscale" if task == "superres" else "")
+        )
     if len(engine.input_shape) != 3 or np.dtype(engine.input_dtype) != np.uint8:
         raise ImageError(
             f"this network reads {engine.input_dtype} of shape {engine.input_shape}, not images; call it from Python"

@@ -232,6 +232,8 @@ def _append(b: _engine.Builder, node: Node, x: list[int], constants: Mapping[str
             return b.global_avg_pool(name, x[0])
         case "pixel_shuffle":
             return b.pixel_shuffle(name, x[0], a["factor"])
+        case "resize_bicubic":
+            return b.resize_bicubic(name, x[0], a["factor"])
         case "concat":
             return b.concat(name, x)
         case "flatten":

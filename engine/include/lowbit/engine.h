@@ -96,6 +96,7 @@ class Builder {
                 bool count_include_pad);
   Value GlobalAvgPool(const std::string& name, Value x);
   Value PixelShuffle(const std::string& name, Value x, int factor);
+  Value ResizeBicubic(const std::string& name, Value x, int factor);
   Value Concat(const std::string& name, const std::vector<Value>& inputs);
   Value Flatten(const std::string& name, Value x);
   Value Output(const std::string& name, Value x);

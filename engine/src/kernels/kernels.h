@@ -137,6 +137,34 @@ struct TableConv {
   int filters;           // codes to be stored of a pixel
 };
 
+// --- float convolution to a few filters: 16 neighbouring pixels are a vector ---
+// planes: the channels of `pixels` pixels of a row apart, as float32: plane[channel * plane_step + pixel]. Whole
+// vectors are written.
+struct Planes {
+  const void* src;  // channel 0 of the first pixel
+  Rep rep;          // kS16, kF32, kF16
+  ptrdiff_t pixel_step;
+  int pixels, channels;
+  float* dst;
+  ptrdiff_t plane_step;
+};
+
+// out[pixel * out_step + filter] = sum over r, c, k of rows[r][k * plane_step + pixel + c * tap_step] *
+// w[r][c][k][filter], strictly sequential from +0, product rounded, then sum rounded. With out_step 1, of one filter,
+// whole vectors are written.
+inline constexpr int kLineFilters = 4;  // at once: w is [set of so many filters][r][c][k][filter of the set]
+
+struct LineConv {
+  const float* const* rows;  // plane 0 under the first pixel's first tap
+  int row_count, columns, channels;
+  ptrdiff_t tap_step, plane_step;
+  const float* w;
+  ptrdiff_t set_step, first;  // numbers of a set, and of each of its filters those of the rows before rows[0]
+  int filters, pixels;
+  float* out;
+  ptrdiff_t out_step;
+};
+
 // --- im2col: the patches under `pixels` output positions of one row, in the order (kernel row, kernel column, channel)
 // --- Source kS16 -> int16 or float32; kF32, kF16 -> float32. Padded positions become 0. `dst_step` >= rows * cols *
 // channels; elements between that and `fill` are set to 0.
@@ -181,6 +209,29 @@ struct CodeSums {
   int pixels, groups;
   int channels;  // of one group
   int32_t* sum;
+};
+
+// --- enlarging by 2..kMaxResize, bicubic ---
+// resize_down: row[x] = ((down[0] src[0][x] + down[1] src[1][x]) + down[2] src[2][x]) + down[3] src[3][x] for all
+// pixels of a row, and two mirrored ones at either end. resize_across: pixel x factor + p of the result, for `pixels`
+// pixels x from `first` on, is the same sum of row[x + from[p]] and the next three with across[p]. Every product and
+// sum is rounded. Blocks of a row are 16 channels of a pixel, or of one channel with `flat` 16 pixels: the pixels of
+// src, row and dst lie side by side.
+inline constexpr int kMaxResize = 4;
+inline constexpr int kResizeRing = 2;  // pixels at either end of a row
+
+struct Resize {
+  const float* src[4];
+  float down[4];
+  ptrdiff_t src_step;  // elements from pixel to pixel
+  bool flat;
+  int width, blocks, factor;
+  const float* across;  // [phase][4]
+  const int* from;      // [phase]
+  float* row;           // pixel 0; a pixel has `blocks` blocks
+  int first, pixels;
+  float* dst;
+  ptrdiff_t dst_step;
 };
 
 // --- epilogue: the ordered float32 steps behind a producer, and where their results go ---
@@ -249,11 +300,15 @@ struct Kernels {
   void (*float_gemm)(const Gemm&);
   void (*tables)(const Tables&);  // these two are null where nothing looks up 64 bytes at once
   void (*table_conv)(const TableConv&);
+  void (*planes)(const Planes&);
+  void (*line_conv)(const LineConv&);
   void (*patches)(const Patches&);
   void (*depthwise)(const Window&);
   void (*code_sums)(const CodeSums&);
   void (*sum_pool)(const Window&);
   void (*max_pool)(const Window&);
+  void (*resize_down)(const Resize&);
+  void (*resize_across)(const Resize&);
   void (*epilogue)(const Epilogue&);
   bool nibbles;  // of bit_threshold and bit_steps: whether groups of 32 and of 64 filters are to have such weights
 };

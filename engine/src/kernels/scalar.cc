@@ -168,6 +168,16 @@ struct BitCount {
   I Total() const { return LoadI(sum); }
 };
 
+inline void Transpose(F (&x)[16]) {
+  float from[16][16], to[16][16];
+  for (int i = 0; i < 16; ++i) StoreF(from[i], x[i]);
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < 16; ++k) to[i][k] = from[k][i];
+  }
+  for (int i = 0; i < 16; ++i) x[i] = LoadF(to[i]);
+}
+
+constexpr int kLineVectors = 1;
 constexpr bool kBitUnroll3x3 = false;
 constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4, kEpilogueBlocks = 1;
 constexpr int BitPixels(int) { return 2; }

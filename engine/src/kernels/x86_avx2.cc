@@ -168,6 +168,39 @@ struct Wide {  // sums of 32 bytes as 16 bits
   }
 };
 #define LOWBIT_BYTE_DOT 0  // its byte products saturate
+inline void Transpose8(__m256 (&x)[8]) {
+  __m256 a[8];
+  for (int i = 0; i < 8; i += 4) {
+    const __m256d ab = _mm256_castps_pd(_mm256_unpacklo_ps(x[i], x[i + 1])),
+                  cd = _mm256_castps_pd(_mm256_unpacklo_ps(x[i + 2], x[i + 3])),
+                  ef = _mm256_castps_pd(_mm256_unpackhi_ps(x[i], x[i + 1])),
+                  gh = _mm256_castps_pd(_mm256_unpackhi_ps(x[i + 2], x[i + 3]));
+    a[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd));
+    a[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd));
+    a[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(ef, gh));
+    a[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(ef, gh));
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
+  }
+}
+inline void Transpose(F (&x)[16]) {
+  __m256 q[4][8];  // quarters: pixels 0..7 and 8..15 by channels 0..7 and 8..15
+  for (int i = 0; i < 8; ++i) {
+    q[0][i] = x[i].a;
+    q[1][i] = x[i].b;
+    q[2][i] = x[i + 8].a;
+    q[3][i] = x[i + 8].b;
+  }
+  for (auto& quarter : q) Transpose8(quarter);
+  for (int i = 0; i < 8; ++i) {
+    x[i] = {q[0][i], q[2][i]};
+    x[i + 8] = {q[1][i], q[3][i]};
+  }
+}
+
+constexpr int kLineVectors = 1;
 constexpr bool kBitUnroll3x3 = false;
 constexpr int kBitBlocks = 2, kGemmPixels = 2, kGemmBlocks = 2, kEpiloguePixels = 4, kEpilogueBlocks = 1;
 constexpr int BitPixels(int blocks) { return blocks == 1 ? 4 : 2; }

@@ -229,6 +229,31 @@ struct HalfCount {
   I Second() const { return _mm512_srli_epi32(sum, 16); }
 };
 
+// 4 x 4 blocks of 4 x 4 numbers: within lanes of 128 bits, then the lanes.
+inline void Transpose(F (&x)[16]) {
+  F a[16];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(x[i], x[i + 1])),
+                  cd = _mm512_castps_pd(_mm512_unpacklo_ps(x[i + 2], x[i + 3])),
+                  ef = _mm512_castps_pd(_mm512_unpackhi_ps(x[i], x[i + 1])),
+                  gh = _mm512_castps_pd(_mm512_unpackhi_ps(x[i + 2], x[i + 3]));
+    a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+    a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+    a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ef, gh));
+    a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ef, gh));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const F low = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x44), high = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xee);
+    const F low2 = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x44),
+            high2 = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xee);
+    x[i] = _mm512_shuffle_f32x4(low, low2, 0x88);
+    x[i + 4] = _mm512_shuffle_f32x4(low, low2, 0xdd);
+    x[i + 8] = _mm512_shuffle_f32x4(high, high2, 0x88);
+    x[i + 12] = _mm512_shuffle_f32x4(high, high2, 0xdd);
+  }
+}
+
+constexpr int kLineVectors = 4;
 constexpr bool kBitUnroll3x3 = true;
 constexpr int kBitBlocks = 4, kGemmPixels = 6, kGemmBlocks = 4, kEpiloguePixels = 8, kEpilogueBlocks = 4;
 constexpr int BitPixels(int blocks) { return blocks > 2 ? 4 : 8; }  // 16 sums

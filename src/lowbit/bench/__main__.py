@@ -15,6 +15,7 @@ from lowbit.bench.layers import LAYERS, LOW_BIT, bench_layers, example
 from lowbit.bench.measure import Core, alternate, pinned
 from lowbit.bench.peers import Peer, chosen, installed
 from lowbit.bench.startup import GOALS, bench_startup
+from lowbit.bench.superres import MEMORY_GOAL, bench_memory, bench_superres
 from lowbit.machine import machine, versions
 from lowbit.runtime import load
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from lowbit.graph import Graph
 
-GROUPS: Final = ("layers", "low-bit", "networks", "training", "load")
+GROUPS: Final = ("layers", "low-bit", "networks", "superres", "training", "load")
 
 STEP_GOALS: Final = (("slb", "float", 50, 1.2), ("lns", "sign", 128, 2.0))
 """Training steps: method, what it is measured against, batch, and how many times the latter's time it may take."""
@@ -178,6 +179,21 @@ def _networks(run: _Run) -> list[dict[str, Any]]:
     return rows
 
 
+def _superres(run: _Run) -> list[dict[str, Any]]:
+    with run.console.status("super-resolution"):
+        rows = bench_superres(run.peers, run.core, run.threads, run.isa, run.repeats)
+        rows[-1]["memory"] = memory = bench_memory(run.threads)
+    for table in show.networks_tables(rows, versions(*PACKAGES)):
+        run.console.print(table)
+    _goals(run, rows)
+    if memory["bytes"] is not None:
+        run.console.print(
+            f"a photograph of 24 MP from JPEG to PNG, x2: {memory['bytes'] / 2**30:.2f} GiB at most, {memory['seconds']:.0f} s"
+        )
+        run.console.print(show.verdict("at most 1.5 GiB", memory["bytes"] <= MEMORY_GOAL))
+    return rows
+
+
 def _two_threads(graph: Graph, run: _Run) -> dict[str, Any] | None:
     """Two threads of the engine beside one; None where there is but one core, and where more than one is measured anyway."""
     if run.threads != 1:
@@ -239,6 +255,7 @@ _MEASURE: Final[Mapping[str, Callable[[_Run], Any]]] = {
     "layers": _layers,
     "low-bit": _low_bit,
     "networks": _networks,
+    "superres": _superres,
     "training": _training,
     "load": _load,
 }

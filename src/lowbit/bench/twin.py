@@ -11,8 +11,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from lowbit.graph import Graph, Node, Tensor, ValueType
+from lowbit.interpreter import bicubic_taps, mirrored
 
 Array = NDArray[Any]
+
+BORDER = 2
+"""Pixels that `resize_bicubic` reaches over, each way."""
 
 
 def float_twin(graph: Graph, batch: int = 1) -> onnx.ModelProto:
@@ -203,6 +207,40 @@ class _Twin:
         self._emit(
             "DepthToSpace", node, [self.value[source]], self.scale[source], blocksize=node.attrs["factor"], mode="CRD"
         )
+
+    def _resize_bicubic(self, node: Node) -> None:
+        """One convolution of the mirrored map to the phases of each channel, and a shuffle: ONNX's Resize repeats the border
+        where the Graph mirrors it, and runtimes compute it many times slower."""
+        source, r = node.inputs[0], node.attrs["factor"]
+        x, shape = self.value[source], self.types[source].shape
+        for axis, size in ((2, shape[0]), (3, shape[1])):
+            x = self._mirrored(f"{node.name}:{axis}", x, axis, size)
+        first, taps = bicubic_taps(r)
+        line = np.zeros((r, 2 * BORDER + 1))
+        for phase in range(r):
+            line[phase, first[phase] + BORDER : first[phase] + BORDER + 4] = taps[phase]
+        kernels = np.einsum("iy,jx->ijyx", line, line).reshape(r * r, 1, *line.shape[1:] * 2)
+        weight = self._constant(f"{node.name}:weight", np.tile(kernels, (shape[2], 1, 1, 1)).astype(np.float32))
+        bias = self._constant(f"{node.name}:bias", np.zeros(shape[2] * r * r, np.float32))
+        phases = f"{node.name}:phases"
+        geometry: dict[str, Any] = {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1], "group": shape[2]}
+        self.nodes.append(helper.make_node("Conv", [x, weight, bias], [phases], **geometry))
+        self._emit("DepthToSpace", node, [phases], self.scale[source], blocksize=r, mode="CRD")
+
+    def _mirrored(self, name: str, x: str, axis: int, size: int) -> str:
+        """`BORDER` more pixels at either end of an axis, as `resize_bicubic` mirrors them."""
+        at = mirrored(np.arange(-BORDER, size + BORDER), size)
+        parts = []
+        for i, position in enumerate((*at[:BORDER], *at[-BORDER:])):
+            ends = [
+                self._constant(f"{name}:{k}{i}", np.array([v])) for k, v in (("from", position), ("to", position + 1))
+            ]
+            along = self._constant(f"{name}:axis{i}", np.array([axis]))
+            parts.append(f"{name}:{i}")
+            self.nodes.append(helper.make_node("Slice", [x, *ends, along], [parts[-1]]))
+        parts.insert(BORDER, x)
+        self.nodes.append(helper.make_node("Concat", parts, [name], axis=axis))
+        return name
 
     def _concat(self, node: Node) -> None:
         self._emit("Concat", node, [self._plain(name) for name in node.inputs], axis=1)

@@ -62,6 +62,7 @@ _OPS: Mapping[str, Callable[[Sequence[Tensor], Attributes], Tensor]] = {
     "Mul": lambda x, _: x[0] * x[1],
     "PRelu": lambda x, _: F.prelu(x[0], x[1].flatten()),
     "Relu": lambda x, _: F.relu(x[0]),
+    "Slice": lambda x, _: x[0].narrow(int(x[3]), int(x[1]), int(x[2] - x[1])),
     "Transpose": lambda x, a: x[0].permute(a["perm"]),
 }
 
