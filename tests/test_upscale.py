@@ -100,6 +100,11 @@ def test_a_residual_of_zero_is_bicubic() -> None:
     np.testing.assert_allclose(Upscaler(graph, tile=20)(y), imresize(y, 2), atol=1e-6)
 
 
+def test_the_row_of_kernels_can_be_chosen() -> None:
+    assert Upscaler(superres.low_resolution(), tile=20, isa="scalar").isa == "scalar"
+    assert Upscaler(superres.low_resolution()).isa == load(superres.low_resolution()).isa
+
+
 def test_progress_counts_tiles() -> None:
     seen = []
     Upscaler(superres.low_resolution(), tile=20)(np.zeros((30, 50), np.float32), lambda *at: seen.append(at))

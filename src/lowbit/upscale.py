@@ -114,7 +114,7 @@ class Upscaler:
     @property
     def isa(self) -> str:
         """The row of kernels in use."""
-        return next(iter(self._engines.values())).isa
+        return (next(iter(self._engines.values()), None) or self._engine((64, 64))).isa
 
     def __call__(self, y: Floats, progress: Progress | None = None) -> Floats:
         """The network's output for a picture of any size.
