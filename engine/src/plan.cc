@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kTileBytes = 16 << 10;  // accumulators between a producer and its epilogue: stay in L1
 constexpr int64_t kTableRows = 1 << 20;   // rows of tables: stay in L2
 constexpr int64_t kTableStrip = 14, kTableStripBytes = 40 << 10;
-constexpr int64_t kLineRows = 1 << 20;    // rows of planes: stay in L2
+constexpr int64_t kLineRows = 1 << 20;     // rows of planes: stay in L2
 constexpr int64_t kPatchBytes = 64 << 10;  // im2col of one tile: stay in L2
 constexpr int64_t kFlatPixels = 960;       // of a tile of one channel: whole blocks enlarged by 2, 3 or 4
 
