@@ -164,6 +164,7 @@ def train(
     from lowbit.train.recipe import RecipeError, load_recipe
     from lowbit.train.table import load_cell
     from lowbit.train.trainer import train as train_recipe
+    from lowbit.train.units import result_line
 
     overrides = list(changes or [])
     if seed is not None and cell is None:
@@ -193,13 +194,14 @@ def train(
         raise
     if not talks:
         return
+    metric = result.run["metric"]
     table = _facts(f"{loaded.name}: {result.run['epochs_done']} epochs in {result.run['wall_seconds']:.0f} s")
     for part in ("validation", "test"):
         found = result.results[part]
         if found is not None:
-            table.add_row(f"accuracy, {part}", f"{found['accuracy']:.2%} of {found['images']:,} images")
+            table.add_row(f"{metric}, {part}", result_line(found, metric))
     if result.results["validation"] is None:
-        table.add_row("accuracy", "not measured: all training images were used (train.final); export measures it")
+        table.add_row(metric, "not measured: all training images were used (train.final); export measures it")
     table.add_row("run directory", str(place))
     out.print(table)
     out.print(f"next: [bold]lowbit export {escape(str(place))}[/]", soft_wrap=True)

@@ -36,16 +36,21 @@ class Shift(nn.Module):
 
 
 class Gain(nn.Module):
-    """``y = s[c] * x`` or ``s[c] * x + o[c]``: the scale of a low-bit convolution without batch norm; o starts at 0."""
+    """``y = s[c] * x + o[c]``: the scale of a low-bit convolution without batch norm; o starts at 0.
 
-    def __init__(self, channels: int, start: float, bias: bool = True) -> None:
+    What is trained is s over its start, which is often small: the steps of Adam have one size whatever the parameter's is.
+    """
+
+    start: Tensor
+
+    def __init__(self, channels: int, start: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((channels,), float(start)))
-        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+        self.register_buffer("start", torch.tensor(float(start)))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x * self.weight.view(-1, 1, 1)
-        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+        return x * (self.weight * self.start).view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
 def _start(gain: float | None, width: int) -> float:
