@@ -2,59 +2,58 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lowbit.interpreter import bicubic_taps, mirrored
 
 __all__ = ["ResizeBicubic", "resize_bicubic"]
 
 FACTORS = (2, 3, 4)
 
 
-def _kernel(t: float) -> float:
-    """The cubic convolution kernel with a = -0.5 (Keys 1981, IEEE TASSP 29(6), eq. 15)."""
-    t = abs(t)
-    if t <= 1:
-        return (1.5 * t - 2.5) * t * t + 1
-    return ((-0.5 * t + 2.5) * t - 4) * t + 2 if t < 2 else 0.0
-
-
 @lru_cache(maxsize=64)
-def _taps(size: int, factor: int) -> tuple[Tensor, Tensor]:
-    """Source positions, int64 [4, size * factor], and coefficients, float32 of the same shape, of every output position."""
-    positions, coefficients = [], []
-    for out in range(size * factor):
-        centre = (out + 0.5) / factor - 0.5
-        first = math.floor(centre) - 1
-        around = range(first, first + 4)
-        mirrored = [i % (2 * size) for i in around]
-        positions.append([i if i < size else 2 * size - 1 - i for i in mirrored])
-        coefficients.append([_kernel(centre - i) for i in around])
-    return torch.tensor(positions).T.contiguous(), torch.tensor(coefficients, dtype=torch.float64).float().T.contiguous()
+def _plan(size: int, factor: int, device: torch.device) -> tuple[Tensor, list[tuple[int, list[float]]]]:
+    """Of one axis: the positions of the mirrored, padded input, and for each phase where its first tap lies there and the four
+    coefficients."""
+    first, coefficients = bicubic_taps(factor)
+    low, high = int(first.min()), size + int(first.max()) + 3
+    positions = torch.from_numpy(mirrored(np.arange(low, high), size)).to(device)
+    phases = [(int(f) - low, [float(c) for c in row]) for f, row in zip(first, coefficients, strict=True)]
+    return positions, phases
 
 
 def _along(x: Tensor, axis: int, factor: int) -> Tensor:
     """One axis: ((c0 x0 + c1 x1) + c2 x2) + c3 x3, every product and sum rounded."""
-    positions, coefficients = (each.to(x.device) for each in _taps(x.shape[axis], factor))
-    shape = [-1 if i == axis else 1 for i in range(x.ndim)]
-    total = x.index_select(axis, positions[0]) * coefficients[0].view(shape)
-    for k in range(1, 4):
-        total = total + x.index_select(axis, positions[k]) * coefficients[k].view(shape)
-    return total
+    size = x.shape[axis]
+    positions, phases = _plan(size, factor, x.device)
+    padded = x.index_select(axis, positions)
+    out = []
+    for start, coefficients in phases:
+        total: Tensor | None = None
+        for k, c in enumerate(coefficients):
+            product = padded.narrow(axis, start + k, size) * c
+            total = product if total is None else total + product
+        assert total is not None
+        out.append(total)
+    return torch.stack(out, axis + 1).flatten(axis, axis + 1)
 
 
 def _along_transposed(grad: Tensor, axis: int, factor: int) -> Tensor:
     """What the gradient of one axis' output gives its input."""
     size = grad.shape[axis] // factor
-    positions, coefficients = (each.to(grad.device) for each in _taps(size, factor))
-    shape = [-1 if i == axis else 1 for i in range(grad.ndim)]
+    positions, phases = _plan(size, factor, grad.device)
+    padded = grad.new_zeros([len(positions) if i == axis else n for i, n in enumerate(grad.shape)])
+    by_phase = torch.unflatten(grad, axis, (size, factor)).unbind(axis + 1)
+    for part, (start, coefficients) in zip(by_phase, phases, strict=True):
+        for k, c in enumerate(coefficients):
+            padded.narrow(axis, start + k, size).add_(part, alpha=c)
     out = grad.new_zeros([size if i == axis else n for i, n in enumerate(grad.shape)])
-    for k in range(4):
-        out.index_add_(axis, positions[k], grad * coefficients[k].view(shape))
-    return out
+    return out.index_add_(axis, positions, padded)
 
 
 @torch.library.custom_op("lowbit::resize_bicubic", mutates_args=())

@@ -32,7 +32,9 @@ def refuse_rotation(name: str, augment: Augment | None) -> None:
         DataError: ``augment.rotate``.
     """
     if augment is not None and augment.rotate:
-        raise DataError(f"data.augment.rotate turns the patches of super-resolution's pictures, not the images of {name}")
+        raise DataError(
+            f"data.augment.rotate turns the patches of super-resolution's pictures, not the images of {name}"
+        )
 
 
 def split_indices(count: int, validation: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -198,13 +198,13 @@ class PatchBatches(TrainingBatches):
 # ------------------------------------------------------------------------------------------------ a data set
 
 
-class _Again(Iterable[Labelled]):
+class _Again(Iterable[Pair]):
     """Pairs read anew whenever they are gone through: whole pictures take memory."""
 
     def __init__(self, data: Pictures, part: Part, paths: Sequence[Path]) -> None:
         self._data, self._part, self._paths = data, part, paths
 
-    def __iter__(self) -> Iterator[Labelled]:
+    def __iter__(self) -> Iterator[Pair]:
         return (Pair.of(name, low, high) for name, low, high in self._data.read(self._paths, self._part))
 
 
@@ -277,7 +277,9 @@ class Pictures(DataSource):
 
     def _paths(self, part: Part) -> Sequence[Path]:
         if part == "test" and not self.test:
-            raise DataError(f"{self.name}: no test pictures; `lowbit evaluate ... --data FOLDER` measures on any folder")
+            raise DataError(
+                f"{self.name}: no test pictures; `lowbit evaluate ... --data FOLDER` measures on any folder"
+            )
         return {"train": self.train, "val": self.val, "full": [*self.train, *self.val], "test": self.test}[part]
 
     def count(self, part: Part) -> int:
@@ -300,7 +302,9 @@ class Pictures(DataSource):
                     y = _centre(y, self.validation_size)
                 if min(side - side % self.upscale for side in y.shape) < least:
                     small = f" once made {self.shrink} times smaller" if part != "test" and self.shrink > 1 else ""
-                    what = f"a patch of {self.patch} x {self.patch} needs" if part in ("train", "full") else "SSIM needs"
+                    what = (
+                        f"a patch of {self.patch} x {self.patch} needs" if part in ("train", "full") else "SSIM needs"
+                    )
                     raise ImageError(f"{path}: {y.shape[1]} x {y.shape[0]} pixels{small}; {what} {least} a side")
             except ImageError as error:
                 if self.on_broken == "stop":
@@ -331,7 +335,7 @@ class Pictures(DataSource):
         return self._train + self._in_memory(self.val)
 
     @cached_property
-    def _held_out(self) -> list[Labelled]:
+    def _held_out(self) -> list[Pair]:
         return list(_Again(self, "val", self.val))
 
     def batches(
@@ -346,7 +350,9 @@ class Pictures(DataSource):
         world_size: int = 1,
     ) -> TrainingBatches:
         if augment is not None and (augment.crop or augment.resized_crop is not None):
-            raise DataError("data.augment.crop and resized_crop are for images with classes; patches have flip and rotate")
+            raise DataError(
+                "data.augment.crop and resized_crop are for images with classes; patches have flip and rotate"
+            )
         return PatchBatches(
             self._train if part == "train" else self._full,
             self.upscale,
@@ -369,6 +375,10 @@ class Pictures(DataSource):
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterable[Labelled]:
+        return self.pairs(part, rank, world_size)
+
+    def pairs(self, part: Part, rank: int = 0, world_size: int = 1) -> Iterable[Pair]:
+        """As `evaluation`: the pictures of a part, with their names."""
         if part == "val":
             return self._held_out[rank::world_size]
         return _Again(self, part, self._paths(part)[rank::world_size])
@@ -492,9 +502,7 @@ def div2k(
     if len(found) <= 20:
         raise DataError(f"{base / 'DIV2K_train_HR'}: {len(found)} pictures; DIV2K has 800, of which 20 are held out")
     test = find_pictures(base / "DIV2K_valid_HR") if (base / "DIV2K_valid_HR").is_dir() else []
-    return Pictures(
-        "div2k", found[:-20], found[-20:], test, scale, patch, patches, best_of, 1, validation_size, broken
-    )
+    return Pictures("div2k", found[:-20], found[-20:], test, scale, patch, patches, best_of, 1, validation_size, broken)
 
 
 SYSTEM = Path("/usr/share")

@@ -84,8 +84,6 @@ class BiRealSR(nn.Module):
     def __init__(self, upscale: int, width: int, blocks: int, gain: float | None, shift: float) -> None:
         super().__init__()
         self.bicubic = ResizeBicubic(upscale)
-        self.centre = Shift(1, -MIDDLE_GRAY)
-        self.centre.bias.requires_grad_(False)
         self.stem = nn.Conv2d(1, width, 3, padding=1)
         self.stream = Residual()
         self.blocks = nn.Sequential(*[_Block(width, gain, shift) for _ in range(blocks)])
@@ -95,7 +93,7 @@ class BiRealSR(nn.Module):
         nn.init.zeros_(self.tail.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.stream(self.stem(self.centre(x)))
+        y = self.stream(self.stem(x - MIDDLE_GRAY))
         return self.shuffle(self.tail(self.blocks(y))) + self.bicubic(x)
 
 

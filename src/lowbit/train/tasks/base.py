@@ -25,6 +25,7 @@ class Task(ABC):
     metric: str
 
     @classmethod
+    @abstractmethod
     def check(cls, recipe: Recipe) -> None:
         """Hold a recipe's settings against the task.
 

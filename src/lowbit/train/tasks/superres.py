@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lowbit.graph import Graph
+from lowbit.runtime import load
 from lowbit.train.data.superres import Pair
 from lowbit.train.layers import constant_weights
 from lowbit.train.resize import resize_bicubic
@@ -22,15 +25,13 @@ if TYPE_CHECKING:
     from lowbit.train.recipe import Recipe
     from lowbit.train.rundir import InputSpec
 
-__all__ = ["SuperRes", "compare", "means", "psnr", "ssim"]
+__all__ = ["SuperRes", "compare", "enlarge", "means", "psnr", "ssim"]
 
 Luma = NDArray[np.float32]
 
 _CLASSIFY_ONLY = {"label_smoothing": 0.0, "distill": None}
 MSE_FLOOR = 1e-7
 """Of a patch in training, 70 dB: a patch of one colour is not infinitely good."""
-SMALLEST = 11
-"""SSIM's window: a picture has at least so many pixels a side once its border is cut off."""
 
 
 def _eight_bits(y: Luma) -> Luma:
@@ -63,7 +64,7 @@ def ssim(y: Luma, target: Luma, border: int = 0) -> float:
     from skimage.metrics import structural_similarity
 
     return float(
-        structural_similarity(
+        structural_similarity(  # type: ignore[no-untyped-call]
             _cut(_eight_bits(y), border).astype(np.float64),
             _cut(_eight_bits(target), border).astype(np.float64),
             gaussian_weights=True,
@@ -72,6 +73,14 @@ def ssim(y: Luma, target: Luma, border: int = 0) -> float:
             data_range=1.0,
         )
     )
+
+
+def enlarge(graph: Graph, y: Luma, threads: int = 1, isa: str | None = None) -> Luma:
+    """A whole picture on the engine: float32 (H, W) to (scale H, scale W), not clipped."""
+    first, *rest = graph.nodes
+    resized = Graph((replace(first, attrs={**first.attrs, "shape": (*y.shape, 1)}), *rest), graph.tensors, graph.meta)
+    out: Luma = load(resized, threads=threads, isa=isa)(np.ascontiguousarray(y)[..., None])[..., 0]
+    return out
 
 
 def compare(name: str, y: Luma, bicubic: Luma, target: Luma, scale: int) -> dict[str, Any]:
@@ -157,13 +166,14 @@ class SuperRes(Task):
             ValueError: there are no pictures.
         """
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        rows, losses = [], []
+        rows: list[dict[str, Any]] = []
+        losses = []
         with torch.autocast(device.type, enabled=False), constant_weights(model):
             for pair in batches:
                 low, high = pair[0].to(device), pair[1].to(device)
                 out = model(low).float()
                 losses.append(float(self.loss(out, high)))
                 name = pair.name if isinstance(pair, Pair) else str(len(rows))
-                arrays = (x[0, 0].cpu().numpy() for x in (out, resize_bicubic(low, self.scale), high))
-                rows.append(compare(name, *arrays, self.scale))
+                y, bicubic, target = (x[0, 0].cpu().numpy() for x in (out, resize_bicubic(low, self.scale), high))
+                rows.append(compare(name, y, bicubic, target, self.scale))
         return {**means(rows), "loss": fmean(losses)}
