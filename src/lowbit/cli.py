@@ -47,7 +47,18 @@ err = Console(stderr=True)
 
 _EXTRAS: Final = {
     "cli": ("PIL",),
-    "train": ("jinja2", "lightning", "matplotlib", "pydantic", "scipy", "tensorboard", "torch", "torchmetrics", "yaml"),
+    "train": (
+        "jinja2",
+        "lightning",
+        "matplotlib",
+        "pydantic",
+        "scipy",
+        "skimage",
+        "tensorboard",
+        "torch",
+        "torchmetrics",
+        "yaml",
+    ),
     "bench": ("nncf", "onnx", "onnxruntime", "openvino"),
     "ray": ("ray",),
 }

@@ -113,7 +113,7 @@ def _names(paths: Sequence[Path]) -> dict[Path, str]:
     alike: dict[str, list[Path]] = {}
     for path in paths:
         alike.setdefault(path.name, []).append(path)
-    names = {}
+    names: dict[Path, str] = {}
     for name, group in alike.items():
         inner = [path.relative_to(os.path.commonpath(group)) for path in group] if len(group) > 1 else [Path(name)]
         short = [f"{path.parts[0]}/{name}" if len(path.parts) > 1 else name for path in inner]
@@ -232,6 +232,7 @@ class Pictures(DataSource):
             sharp to the pixel, and JPEG leaves its marks.
         validation_size: see above; None for whole pictures.
         on_broken: what a picture that can't be read, or is too small, does: "stop", or "skip": it is named, passed over and counted.
+        way_out: where to get files that are not there.
     """
 
     name: str
@@ -245,6 +246,7 @@ class Pictures(DataSource):
     shrink: int = 1
     validation_size: int | None = 384
     on_broken: Broken = "skip"
+    way_out: str = "it was there a moment ago"
     found_broken: list[str] = field(default_factory=list)
 
     classes = ()
@@ -278,7 +280,7 @@ class Pictures(DataSource):
 
     @property
     def identity(self) -> bytes:
-        listed = [f"{name} {path.stat().st_size}" for path, name in _names([*self.train, *self.val]).items()]
+        listed = [f"{name} {path.stat().st_size}" for path, name in _names(self._paths("full")).items()]
         return "\n".join(listed).encode(errors="surrogateescape")
 
     def _paths(self, part: Part) -> Sequence[Path]:
@@ -286,7 +288,12 @@ class Pictures(DataSource):
             raise DataError(
                 f"{self.name}: no test pictures; `lowbit evaluate ... --data FOLDER` measures on any folder"
             )
-        return {"train": self.train, "val": self.val, "full": [*self.train, *self.val], "test": self.test}[part]
+        paths = {"train": self.train, "val": self.val, "full": [*self.train, *self.val], "test": self.test}[part]
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise DataError(f"{missing[0]}: no such file{more}; {self.way_out}")
+        return paths
 
     def count(self, part: Part) -> int:
         return len(self._paths(part))
@@ -576,21 +583,14 @@ def photographs(
         validation_size: of the held-out photographs the centre, so many pixels a side; None for all of it.
 
     Raises:
-        DataError: a photograph is not there, or impossible settings.
+        DataError: impossible settings; when they are first used, photographs that are not there.
     """
     base = SYSTEM if root is None else Path(root).expanduser()
-    test = _photographs_tested(base)
-    train = [base / name for name in PHOTOGRAPHS]
-    missing = [path for path in (*train, *test) if not path.is_file()]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise DataError(f"{missing[0]}: no such file{more}; `make data-sr` as root installs {_PACKAGES}")
-    held_out = [base / name for name in HELD_OUT]
     return Pictures(
         "photographs",
-        [path for path in train if path not in held_out],
-        held_out,
-        test,
+        [base / name for name in PHOTOGRAPHS if name not in HELD_OUT],
+        [base / name for name in HELD_OUT],
+        _photographs_tested(base),
         scale,
         patch,
         patches,
@@ -598,4 +598,5 @@ def photographs(
         2,
         validation_size,
         "stop",
+        f"`make data-sr` as root installs {_PACKAGES}",
     )
