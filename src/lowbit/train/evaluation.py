@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Iterable, Mapping
@@ -151,9 +152,14 @@ def _pictures(recipe: Recipe | None, data: str | None, split: str, scale: int) -
         folder = Path(data)
         found = find_pictures(folder, scale)
         return folder.resolve().name, Pictures(str(folder), (), (), found, scale), "test"
-    source = DATASETS.get(str(data))(scale=scale) if recipe is None else _of_recipe(recipe, None, split)
-    if not isinstance(source, Pictures):
-        raise DataError(f"{data}: is a data set for classification; super-resolution is measured on pictures")
+    if recipe is not None:
+        source = _of_recipe(recipe, None, split)
+    else:
+        known = DATASETS.get(str(data))
+        if "scale" not in inspect.signature(known).parameters:
+            raise DataError(f"{data}: is a data set for classification; super-resolution is measured on pictures")
+        source = known(scale=scale)
+    assert isinstance(source, Pictures)
     return split, source, part
 
 

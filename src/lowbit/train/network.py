@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lowbit.train.models import build_model
+from lowbit.train.models import build_model, model_factory
 from lowbit.train.prepare import prepare
 from lowbit.train.quantizers import QuantizerWarning
 from lowbit.train.recipe import Recipe, RecipeError, load_recipe, parse_recipe
@@ -30,6 +31,8 @@ def float_network(recipe: Recipe, spec: InputSpec) -> nn.Module:
         ValueError: it can't be built.
     """
     name, arguments = recipe.model.name, recipe.model.arguments
+    if not spec.classes and "classes" in inspect.signature(model_factory(name)).parameters:
+        raise ValueError(f"model {name!r} names classes; a network for super-resolution has an argument `upscale`")
     try:
         return build_model(
             name,

@@ -341,15 +341,15 @@ class Pictures(DataSource):
 
     @cached_property
     def _train(self) -> list[tuple[Tensor, Tensor]]:
-        return self._in_memory(self.train)
+        return self._in_memory(self._paths("train"))
 
     @cached_property
     def _full(self) -> list[tuple[Tensor, Tensor]]:
-        return self._train + self._in_memory(self.val)
+        return self._train + self._in_memory(self._paths("val"))
 
     @cached_property
     def _held_out(self) -> list[Pair]:
-        return list(_Again(self, "val", self.val))
+        return list(_Again(self, "val", self._paths("val")))
 
     def batches(
         self,

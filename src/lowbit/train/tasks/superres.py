@@ -34,13 +34,10 @@ MSE_FLOOR = 1e-7
 """Of a patch in training, 70 dB: a patch of one colour is not infinitely good."""
 
 
-def _eight_bits(y: Luma) -> Luma:
-    out: Luma = np.rint(np.clip(y, 0, 1) * np.float32(255)) / np.float32(255)
-    return out
-
-
-def _cut(y: Luma, border: int) -> Luma:
-    return y[border : y.shape[0] - border, border : y.shape[1] - border] if border else y
+def _measured(y: Luma, border: int) -> NDArray[np.float64]:
+    """What the metrics look at: rounded to 8 bits, without its border, in 0..1."""
+    inner = y[border : y.shape[0] - border, border : y.shape[1] - border]
+    return np.rint(np.clip(inner, 0, 1) * np.float32(255)).astype(np.float64) / 255
 
 
 def psnr(y: Luma, target: Luma, border: int = 0) -> float:
@@ -52,8 +49,7 @@ def psnr(y: Luma, target: Luma, border: int = 0) -> float:
         y, target: float32 (H, W), luma in 0..1.
         border: pixels that are left out on each side; the scale.
     """
-    difference = _cut(_eight_bits(y), border).astype(np.float64) - _cut(_eight_bits(target), border)
-    mse = float(np.mean(difference**2))
+    mse = float(np.mean((_measured(y, border) - _measured(target, border)) ** 2))
     return float("inf") if mse == 0 else float(-10 * np.log10(mse))
 
 
@@ -65,8 +61,8 @@ def ssim(y: Luma, target: Luma, border: int = 0) -> float:
 
     return float(
         structural_similarity(  # type: ignore[no-untyped-call]
-            _cut(_eight_bits(y), border).astype(np.float64),
-            _cut(_eight_bits(target), border).astype(np.float64),
+            _measured(y, border),
+            _measured(target, border),
             gaussian_weights=True,
             sigma=1.5,
             use_sample_covariance=False,
