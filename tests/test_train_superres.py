@@ -30,8 +30,9 @@ from lowbit.train.proof import prove_pictures
 from lowbit.train.recipe import Recipe, RecipeError, parse_recipe
 from lowbit.train.rundir import InputSpec, columns, read_metrics, read_run
 from lowbit.train.tasks import TASKS
-from lowbit.train.tasks.superres import enlarge, means, psnr, ssim
+from lowbit.train.tasks.superres import means, psnr, ssim
 from lowbit.train.trainer import train
+from lowbit.upscale import Upscaler
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -413,7 +414,7 @@ def test_frozen_and_run(way: str) -> None:
     with torch.no_grad():
         model.train()(crops)  # learned ranges are measured
     model.eval()
-    graph = freeze(model, crops[:1], {"task": "superres"})
+    graph = freeze(model, crops[:1], {"task": "superres", "superres": {"scale": upscale}})
     proof = prove_pictures(model, graph, load(graph), crops, pairs, upscale)
     assert proof.failures() == []
     assert proof.integers_differ == 0
@@ -425,7 +426,7 @@ def test_frozen_and_run(way: str) -> None:
     if way == "sign":  # a scale of 1 is not written out in front of the network's own
         muls = [n for n in graph.nodes if n.op == "mul"]
         assert len(muls) == 2
-        y = enlarge(graph, pairs[0][0][0, 0].numpy())
+        y = Upscaler(graph)(pairs[0][0][0, 0].numpy())
         with torch.no_grad():
             assert np.allclose(y, model(pairs[0][0])[0, 0].numpy(), atol=1e-5)
 

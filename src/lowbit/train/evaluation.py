@@ -23,8 +23,9 @@ from lowbit.train.recipe import Recipe, load_recipe
 from lowbit.train.resize import resize_bicubic
 from lowbit.train.rundir import InputSpec, read_run, write_json
 from lowbit.train.tasks.classify import CONFUSION_CLASSES
-from lowbit.train.tasks.superres import compare, enlarge, means
+from lowbit.train.tasks.superres import compare, means
 from lowbit.train.trainer import evaluate, load_data, load_run
+from lowbit.upscale import Upscaler
 
 __all__ = ["evaluate_file", "evaluate_run"]
 
@@ -110,17 +111,18 @@ def evaluate_file(
         "images": total,
         "confusion": confusion.tolist() if count <= CONFUSION_CLASSES else None,
         "metric": "accuracy",
-        "computed_by": _by(engine),
+        "computed_by": _by(engine.isa, engine.threads),
     }
 
 
-def _by(engine: Engine) -> str:
-    return f"the engine, {engine.isa}, {engine.threads} thread{'s'[: engine.threads > 1]}"
+def _by(isa: str, threads: int) -> str:
+    return f"the engine, {isa}, {threads} thread{'s'[: threads > 1]}"
 
 
 def _evaluate_pictures(path: Path, graph: Graph, data: str | None, split: str, threads: int) -> dict[str, Any]:
     beside = path.parent / "recipe.yaml"
-    scale = graph.meta["superres"]["scale"]
+    upscaler = Upscaler(graph, threads)
+    scale = upscaler.scale
     recipe = load_recipe(beside) if beside.is_file() and data not in DATASETS else None
     if recipe is None and data is None:
         raise DataError(f"{path}: lies in no run directory; say what to evaluate on with --data")
@@ -129,11 +131,11 @@ def _evaluate_pictures(path: Path, graph: Graph, data: str | None, split: str, t
     for pair in source.pairs(part):
         low, high = (x[0, 0].numpy() for x in pair)
         bicubic = resize_bicubic(pair[0], scale)[0, 0].numpy()
-        rows.append(compare(pair.name, enlarge(graph, low, threads), bicubic, high, scale))
+        rows.append(compare(pair.name, upscaler(low), bicubic, high, scale))
     found = {
         **means(rows),
         "metric": "psnr",
-        "computed_by": _by(load(graph, threads=threads)),
+        "computed_by": _by(upscaler.isa, threads),
         "broken": list(source.broken),
     }
     return found if recipe is None else _kept(path.parent, f"evaluation-{name}-engine.json", found)

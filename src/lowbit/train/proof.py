@@ -30,7 +30,8 @@ from lowbit.train.freeze import to_numpy
 from lowbit.train.layers import PixelInput, QuantLayer, Residual
 from lowbit.train.resize import resize_bicubic
 from lowbit.train.tasks.classify import CONFUSION_CLASSES
-from lowbit.train.tasks.superres import enlarge, psnr
+from lowbit.train.tasks.superres import psnr
+from lowbit.upscale import Upscaler
 
 ROOT_FLIP_BOUND = 1e-6
 DECISION_BOUND = 2e-4
@@ -195,16 +196,17 @@ def prove_pictures(
         count: how many pictures there are, for the progress.
 
     Raises:
-        ValueError: there are no pictures.
+        ValueError: there are no pictures, or the network can't run on pictures of any size (`lowbit.upscale`).
     """
     report = on_progress or (lambda *_: None)
     proof = _compare_inputs(model, graph, engine, crops, _CROPS, report)
     proof.pictures = []
+    upscaler = Upscaler(graph, engine.threads, isa=engine.isa)
     for pair in pictures:
         low, high = pair
         with torch.no_grad():
             ours, bicubic = model(low).float(), resize_bicubic(low, upscale)
-        theirs = enlarge(graph, low[0, 0].numpy(), engine.threads)
+        theirs = upscaler(low[0, 0].numpy())
         target = high[0, 0].numpy()
         row: dict[str, Any] = {"name": pair.name if isinstance(pair, Pair) else str(len(proof.pictures))}
         for key, y in (("training", ours[0, 0].cpu().numpy()), ("engine", theirs), ("bicubic", bicubic[0, 0].numpy())):

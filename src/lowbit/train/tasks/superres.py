@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lowbit.graph import Graph
-from lowbit.runtime import load
 from lowbit.train.data.superres import Pair
 from lowbit.train.layers import constant_weights
 from lowbit.train.resize import resize_bicubic
@@ -25,7 +22,7 @@ if TYPE_CHECKING:
     from lowbit.train.recipe import Recipe
     from lowbit.train.rundir import InputSpec
 
-__all__ = ["SuperRes", "compare", "enlarge", "means", "psnr", "ssim"]
+__all__ = ["SuperRes", "compare", "means", "psnr", "ssim"]
 
 Luma = NDArray[np.float32]
 
@@ -69,14 +66,6 @@ def ssim(y: Luma, target: Luma, border: int = 0) -> float:
             data_range=1.0,
         )
     )
-
-
-def enlarge(graph: Graph, y: Luma, threads: int = 1, isa: str | None = None) -> Luma:
-    """A whole picture on the engine: float32 (H, W) to (scale H, scale W), not clipped."""
-    first, *rest = graph.nodes
-    resized = Graph((replace(first, attrs={**first.attrs, "shape": (*y.shape, 1)}), *rest), graph.tensors, graph.meta)
-    out: Luma = load(resized, threads=threads, isa=isa)(np.ascontiguousarray(y)[..., None])[..., 0]
-    return out
 
 
 def compare(name: str, y: Luma, bicubic: Luma, target: Luma, scale: int) -> dict[str, Any]:
