@@ -949,7 +949,7 @@ def _about(registry: Any) -> list[tuple[str, str]]:
     return [(name, "\n".join([_summary(registry.get(name)), *_taken(registry.get(name))])) for name in registry]
 
 
-_GIVEN: Final = ("bits", "classes", "in_channels", "image_size", "root")
+_GIVEN: Final = ("bits", "classes", "in_channels", "image_size", "root", "upscale")
 """Arguments that have keys of their own in a recipe, or come from the data."""
 
 

@@ -1,7 +1,7 @@
 """Pictures for super-resolution: read once, made small by MATLAB's bicubic, cut into random patches as training asks for them.
 
 As in the code of SRCNN and VDSR, the large picture is luma rounded to 8 bits, cut at the bottom and right to a multiple of the
-scale; the small one is its antialiased bicubic reduction (``lowbit.pictures.imresize``), not rounded.
+scale; the small one is its antialiased bicubic reduction (``lowbit.pictures.imresize``), not rounded. Transparency is left out.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Gain(nn.Module):
 
 
 def _start(gain: float | None, width: int) -> float:
-    return 0.3 / math.sqrt(9 * width) if gain is None else gain
+    return 0.1 / math.sqrt(9 * width) if gain is None else gain
 
 
 def _activation(kind: Act, channels: int) -> nn.Module:
@@ -112,8 +112,9 @@ def bireal_sr(
         upscale: how much larger the output is: 2, 3 or 4.
         width: channels of the body.
         blocks: low-bit 3x3 convolutions.
-        gain: where s starts; None for 0.3 / sqrt(9 width), which suits weights of +-1. Weights with a scale of their own (float,
-            dorefa) start as PyTorch's, and want about 0.5.
+        gain: where s starts, which matters: too large, and the sum over the blocks hides what the first ones see. None for 0.1 / sqrt(9
+            width), which suits weights and activations of +-1; float weights, and dorefa's, which have a scale, want about 0.2, LSQ's
+            2-bit activations 0.06.
         shift: where b starts: 0.5 centres activations in 0..1 (dorefa).
     """
     return BiRealSR(upscale, width, blocks, gain, shift)
@@ -186,7 +187,7 @@ def vdsr(
         act: behind each but the last layer: "relu", "prelu" or "none".
         skip: an identity around each layer of the body (Bi-Real net): y = x + act(conv(x)).
         scaled: a learned factor and term for each channel behind each convolution of the body, in place of its bias.
-        gain: where the factors start; None for 0.3 / sqrt(9 width), which suits weights of +-1.
+        gain: where the factors start; None for 0.1 / sqrt(9 width), which suits weights and activations of +-1.
     """
     return VDSR(upscale, width, depth, act, skip, scaled, gain)
 

@@ -26,7 +26,6 @@ __all__ = ["SuperRes", "compare", "means", "psnr", "ssim"]
 
 Luma = NDArray[np.float32]
 
-_CLASSIFY_ONLY = {"label_smoothing": 0.0, "distill": None}
 MSE_FLOOR = 1e-7
 """Of a patch in training, 70 dB: a patch of one colour is not infinitely good."""
 
@@ -117,9 +116,8 @@ class SuperRes(Task):
     def check(cls, recipe: Recipe) -> None:
         if recipe.train.loss == "cross_entropy":
             raise ValueError("train.loss: cross_entropy is for classes; task superres has l1, mse and patch")
-        for key, without in _CLASSIFY_ONLY.items():
-            if getattr(recipe.train, key) != without:
-                raise ValueError(f"train.{key} belongs to task classify, not superres")
+        if recipe.train.label_smoothing:
+            raise ValueError("train.label_smoothing belongs to task classify, not superres")
 
     @classmethod
     def of(cls, recipe: Recipe, spec: InputSpec) -> SuperRes:
