@@ -123,7 +123,7 @@ def _evaluate_pictures(path: Path, graph: Graph, data: str | None, split: str, t
     beside = path.parent / "recipe.yaml"
     upscaler = Upscaler(graph, threads)
     scale = upscaler.scale
-    recipe = load_recipe(beside) if beside.is_file() and data not in DATASETS else None
+    recipe = load_recipe(beside) if beside.is_file() else None
     if recipe is None and data is None:
         raise DataError(f"{path}: lies in no run directory; say what to evaluate on with --data")
     name, source, part = _pictures(recipe, data, split, scale)
@@ -147,22 +147,22 @@ def _kept(run_dir: Path, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _pictures(recipe: Recipe | None, data: str | None, split: str, scale: int) -> tuple[str, Pictures, Part]:
-    """What to call them, the pictures, and which part of them: all those of a folder, else of the recipe's data set, or of the
-    one named."""
+    """What to call them, the pictures, and which part of them: all those of a folder; else of the data set named, or of the recipe's."""
     part: Part = "test" if split == "test" else "val"
     if data is not None and data not in DATASETS:
         folder = Path(data)
         found = find_pictures(folder, scale)
         return folder.resolve().name, Pictures(str(folder), (), (), found, scale), "test"
-    if recipe is not None:
-        source = _of_recipe(recipe, None, split)
+    if data is None:
+        assert recipe is not None
+        name, source = split, _of_recipe(recipe, None, split)
     else:
-        known = DATASETS.get(str(data))
+        known = DATASETS.get(data)
         if "scale" not in inspect.signature(known).parameters:
             raise DataError(f"{data}: is a data set for classification; super-resolution is measured on pictures")
-        source = known(scale=scale)
+        name, source = f"{data}-{split}", known(scale=scale)
     assert isinstance(source, Pictures)
-    return split, source, part
+    return name, source, part
 
 
 def _of_recipe(recipe: Recipe, folder: str | None, split: str) -> DataSource:
