@@ -37,7 +37,7 @@ def _measured(y: Luma, border: int) -> NDArray[np.float64]:
 
 
 def psnr(y: Luma, target: Luma, border: int = 0) -> float:
-    """Peak signal-to-noise ratio in dB: 10 log10(1 / mean (y - target)^2), infinite where they are equal.
+    """Peak signal-to-noise ratio in dB: 10 log10(1 / mean (y - target)^2), at most 100: pictures that are equal leave means finite.
 
     Both are clipped to 0..1 and rounded to 8 bits first, and ``border`` pixels cut off each side, as the code of SRCNN and VDSR does.
 
@@ -46,7 +46,7 @@ def psnr(y: Luma, target: Luma, border: int = 0) -> float:
         border: pixels that are left out on each side; the scale.
     """
     mse = float(np.mean((_measured(y, border) - _measured(target, border)) ** 2))
-    return float("inf") if mse == 0 else float(-10 * np.log10(mse))
+    return float(-10 * np.log10(max(mse, 1e-10)))
 
 
 def ssim(y: Luma, target: Luma, border: int = 0) -> float:
