@@ -230,7 +230,7 @@ def _plots(found: _Run) -> list[dict[str, str]]:
 
     with page.style():
         pictures = metric == "psnr"
-        loss = "mean error of luma" if pictures else "cross-entropy (nats)"
+        loss = "error of luma" if pictures else "cross-entropy (nats)"
         score, title = ("PSNR (dB)", "PSNR") if pictures else (f"{metric} (%)", metric.capitalize())
         for key, label, heading in (("loss", loss, "Loss"), (metric, score, title)):
             figure, (axes,) = _axes(label)
@@ -243,7 +243,9 @@ def _plots(found: _Run) -> list[dict[str, str]]:
                 axes.axhline(measured["psnr_bicubic"], color=GRAY, linestyle="--", label="held out, bicubic")
             axes.legend()
             held_out = any(row.get(f"val_{key}") is not None for row in rows)
-            note = "Training: patches, the hardest of each draw. Held out: whole pictures." if pictures else ""
+            note = (
+                "Training: patches, the hardest of each draw. Held out: the centre of each picture." if pictures else ""
+            )
             keep(figure, heading, note if held_out else "Nothing was held out: the run trained on all images.")
         if any(row.get("temperature") is not None for row in rows):
             figure, (upper, lower) = _axes("gap", panels=2)
