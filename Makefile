@@ -11,10 +11,11 @@ BENCH_ARGS ?=
 BIN := .venv/bin
 RECIPE := recipes/fashion-mnist/bireal14-w1a1-slb-demo.yaml
 DEMO := runs/demo
+PHOTOGRAPHS := lomiri-wallpapers-16.04 plasma-workspace-wallpapers mate-backgrounds opencv-doc
 ENGINE := CMakeLists.txt $(shell find engine -name '*.cc' -o -name '*.h' -o -name '*.inc' -o -name '*.txt')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-engine test-asan test-arm test-long test-recipes lint format bench bench-lce data clean install
+.PHONY: help demo test test-engine test-asan test-arm test-long test-recipes lint format bench bench-lce data data-sr clean install
 help:
 	@echo "make demo    train a 1-bit network on Fashion-MNIST, export it, prove it, time it (5 to 10 minutes on 2 cores)"
 	@echo "make test    the test suite"
@@ -26,6 +27,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   the engine beside ONNX Runtime, OpenVINO and PyTorch, a training step beside a float one (a few minutes)"
 	@echo "make bench-lce     the binary layers beside Larq Compute Engine, in an environment of its own (.venv-lce, 2 GB)"
+	@echo "make data-sr       install the photographs of super-resolution's recipes (Debian packages, as root)"
 	@echo "make clean   remove what the above made, but for .venv and runs"
 
 install: .venv/.installed
@@ -43,6 +45,15 @@ data:
 	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 	  apt-get install -y -qq dataset-fashion-mnist >/dev/null 2>&1 || \
 	  { apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist >/dev/null; } || true; \
+	fi
+
+# The photographs of super-resolution's recipes lie in Debian packages (250 MB to fetch); the pictures they are tested on there and in scikit-image.
+data-sr:
+	@test -e /usr/share/backgrounds/mate/nature/Wood.jpg -a -e /usr/share/backgrounds/Dragonfly_by_Bolly.jpg \
+	  -a -e /usr/share/wallpapers/Kite/contents/images/2560x1600.jpg -a -e /usr/share/doc/opencv-doc/examples/data/graf1.png || \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  apt-get install -y -qq --no-install-recommends $(PHOTOGRAPHS) >/dev/null 2>&1 || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(PHOTOGRAPHS) >/dev/null; } || true; \
 	fi
 
 demo: $(DEMO)/report.html

@@ -47,7 +47,18 @@ err = Console(stderr=True)
 
 _EXTRAS: Final = {
     "cli": ("PIL",),
-    "train": ("jinja2", "lightning", "matplotlib", "pydantic", "scipy", "tensorboard", "torch", "torchmetrics", "yaml"),
+    "train": (
+        "jinja2",
+        "lightning",
+        "matplotlib",
+        "pydantic",
+        "scipy",
+        "skimage",
+        "tensorboard",
+        "torch",
+        "torchmetrics",
+        "yaml",
+    ),
     "bench": ("nncf", "onnx", "onnxruntime", "openvino"),
     "ray": ("ray",),
 }
@@ -164,6 +175,7 @@ def train(
     from lowbit.train.recipe import RecipeError, load_recipe
     from lowbit.train.table import load_cell
     from lowbit.train.trainer import train as train_recipe
+    from lowbit.train.units import result_line
 
     overrides = list(changes or [])
     if seed is not None and cell is None:
@@ -193,13 +205,14 @@ def train(
         raise
     if not talks:
         return
+    metric = result.run["metric"]
     table = _facts(f"{loaded.name}: {result.run['epochs_done']} epochs in {result.run['wall_seconds']:.0f} s")
     for part in ("validation", "test"):
         found = result.results[part]
         if found is not None:
-            table.add_row(f"accuracy, {part}", f"{found['accuracy']:.2%} of {found['images']:,} images")
+            table.add_row(f"{metric}, {part}", result_line(found, metric))
     if result.results["validation"] is None:
-        table.add_row("accuracy", "not measured: all training images were used (train.final); export measures it")
+        table.add_row(metric, "not measured: all training images were used (train.final); export measures it")
     table.add_row("run directory", str(place))
     out.print(table)
     out.print(f"next: [bold]lowbit export {escape(str(place))}[/]", soft_wrap=True)
@@ -249,7 +262,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Of a run, or a file in one: another folder with its data set. Of a file elsewhere: a data set's name, a folder "
-            "with its files, or a folder with one folder of images for each class.",
+            "with its files, or a folder with one folder of images for each class. Of super-resolution any folder of pictures.",
         ),
     ] = None,
     split: Annotated[
@@ -260,7 +273,11 @@ def evaluate(
     ] = Split.val,
     threads: ThreadsOption = 1,
 ) -> None:
-    """Measure accuracy: of a run's training graph, or of a file on the engine."""
+    """Measure accuracy, of super-resolution PSNR and SSIM: of a run's training graph, or of a file on the engine.
+
+    PSNR and SSIM are those of luma, without as many pixels of each border as the picture is enlarged. Pictures that can't be read are
+    passed over and named, and the exit status is 1.
+    """
     from lowbit.train.evaluation import evaluate_file, evaluate_run
 
     _log_to_stderr()
@@ -268,11 +285,44 @@ def evaluate(
         found = evaluate_run(what, data, split.value)
     else:
         found = evaluate_file(what, data, split.value, threads)
+    if found["metric"] == "psnr":
+        _print_pictures(f"{what}, computed by {found['computed_by']}", found)
+        if found["broken"]:
+            raise typer.Exit(1)
+        return
     table = _facts(f"{what}, {split.value} images")
     table.add_row("accuracy", f"{found['accuracy']:.2%}")
     table.add_row("images", f"{found['images']:,}")
     table.add_row("computed by", found["computed_by"])
     out.print(table)
+
+
+def _print_pictures(title: str, found: Mapping[str, Any]) -> None:
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("picture", overflow="fold")
+    for heading in ("pixels", "PSNR (dB)", "bicubic", "gain", "SSIM", "bicubic"):
+        table.add_column(heading, justify="right")
+
+    def row(name: str, pixels: str, each: Mapping[str, Any]) -> None:
+        gain = each["psnr"] - each["psnr_bicubic"]
+        values = (f"{each['psnr']:.2f}", f"{each['psnr_bicubic']:.2f}", f"{gain:+.2f}")
+        table.add_row(escape(name), pixels, *values, f"{each['ssim']:.4f}", f"{each['ssim_bicubic']:.4f}")
+
+    for picture in found["pictures"]:
+        row(picture["name"], f"{picture['width']}x{picture['height']}", picture)
+    table.add_section()
+    row(f"mean of {found['images']}", "", found)
+    out.print(table)
+    if "written" in found:
+        out.print(f"wrote [bold]{escape(found['written'])}[/]", soft_wrap=True)
+    if found["broken"]:
+        count = len(found["broken"])
+        _warn(
+            [
+                f"{count} picture{'s'[: count > 1]} can't be used and {'were' if count > 1 else 'was'} passed over: "
+                f"{', '.join(found['broken'])}"
+            ]
+        )
 
 
 @app.command(epilog="Example: lowbit export runs/demo -o shoes.lowbit")
@@ -319,7 +369,12 @@ def _proof_table(done: Export) -> Table:
     table.add_row(
         "root flips against the training graph", f"{proof.root_flips:,} of {proof.root_activations:,} activations"
     )
-    table.add_row("decisions that changed", f"{proof.decisions_changed:,} of {proof.decisions:,}")
+    if proof.pictures is None:
+        table.add_row("decisions that changed", f"{proof.decisions_changed:,} of {proof.decisions:,}")
+    else:
+        table.add_row("PSNR, training graph", f"{proof.psnr('training'):.3f} dB, {len(proof.pictures)} pictures")
+        table.add_row("PSNR, engine", f"{proof.psnr('engine'):.3f} dB, at most {proof.psnr_apart:.4f} dB apart")
+        table.add_row("PSNR, bicubic", f"{proof.psnr('bicubic'):.3f} dB")
     if proof.accuracy_training is not None and proof.accuracy_engine is not None:
         table.add_row("accuracy, training graph", f"{proof.accuracy_training:.2%}")
         table.add_row("accuracy, engine", f"{proof.accuracy_engine:.2%}")
@@ -894,7 +949,7 @@ def _about(registry: Any) -> list[tuple[str, str]]:
     return [(name, "\n".join([_summary(registry.get(name)), *_taken(registry.get(name))])) for name in registry]
 
 
-_GIVEN: Final = ("bits", "classes", "in_channels", "image_size", "root")
+_GIVEN: Final = ("bits", "classes", "in_channels", "image_size", "root", "upscale")
 """Arguments that have keys of their own in a recipe, or come from the data."""
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final
 
 from matplotlib.axes import Axes
@@ -23,6 +24,7 @@ from lowbit.inspect import Contents, inspect
 from lowbit.packfile import FileError
 from lowbit.page import BLUE, GRAY, ORANGE
 from lowbit.train.rundir import RunError, read_metrics, read_run
+from lowbit.train.units import result_line
 
 _BENCH_FORMAT: Final = 2
 """Of bench.json: `lowbit.bench.FORMAT`, which can't be imported without the extra ``bench``."""
@@ -123,6 +125,14 @@ def _facts(found: _Run) -> list[Fact]:
 
 def _accuracy_facts(found: _Run) -> list[Fact]:
     proof, results = found.proof, found.run["results"] or {}
+    metric = found.run["metric"]
+    if proof and proof.get("pictures"):
+        count = f"{len(proof['pictures'])} pictures"
+        facts = [
+            (f"PSNR, {title}", f"{fmean(p[f'psnr_{key}'] for p in proof['pictures']):.3f} dB, {count}")
+            for key, title in (("training", "training graph"), ("engine", "engine"), ("bicubic", "bicubic"))
+        ]
+        return [*facts, ("training graph and engine apart, at most", f"{proof['psnr_apart']:.4f} dB")]
     if proof and proof["accuracy_engine"] is not None:
         images = f"{proof['decisions']:,} images"
         return [
@@ -130,7 +140,7 @@ def _accuracy_facts(found: _Run) -> list[Fact]:
             ("accuracy, engine", f"{proof['accuracy_engine']:.2%} of {images}"),
         ]
     return [
-        (f"accuracy, {part}", f"{results[part][found.run['metric']]:.2%} of {results[part]['images']:,} images")
+        (f"{metric if metric == 'accuracy' else metric.upper()}, {part}", result_line(results[part], metric))
         for part in ("validation", "test")
         if results.get(part)
     ]
@@ -143,14 +153,16 @@ def _proof_facts(found: _Run) -> list[Fact]:
     facts = [
         (
             "integers that differ, interpreter and engine",
-            f"{proof['integers_differ']:,} of {proof['integers']:,}, on {proof['inputs']:,} images",
+            f"{proof['integers_differ']:,} of {proof['integers']:,}, on {proof['inputs']:,} "
+            f"{'crops' if proof.get('pictures') else 'images'}",
         ),
         (
             "root flips against the training graph",
             f"{proof['root_flips']:,} of {proof['root_activations']:,} activations",
         ),
-        ("decisions that changed", f"{proof['decisions_changed']:,} of {proof['decisions']:,}"),
     ]
+    if not proof.get("pictures"):
+        facts.append(("decisions that changed", f"{proof['decisions_changed']:,} of {proof['decisions']:,}"))
     return facts + [("the proof fails", failure) for failure in proof["failures"]]
 
 
@@ -217,15 +229,24 @@ def _plots(found: _Run) -> list[dict[str, str]]:
         plots.append({"title": title, "svg": page.svg(figure, title), "note": note})
 
     with page.style():
-        for key, label, title in (("loss", "cross-entropy", "Loss"), (metric, metric, metric.capitalize())):
-            figure, (axes,) = _axes(f"{label} (%)" if key != "loss" else f"{label} (nats)")
+        pictures = metric == "psnr"
+        loss = "error of luma" if pictures else "cross-entropy (nats)"
+        score, title = ("PSNR (dB)", "PSNR") if pictures else (f"{metric} (%)", metric.capitalize())
+        for key, label, heading in (("loss", loss, "Loss"), (metric, score, title)):
+            figure, (axes,) = _axes(label)
             _line(axes, rows, f"train_{key}", BLUE, "training, soft weights")
             _line(axes, rows, f"val_{key}", ORANGE, "held out, hard weights")
-            if key != "loss":
+            if key != "loss" and not pictures:
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
+            measured = (found.run["results"] or {}).get("validation")
+            if key != "loss" and pictures and measured:
+                axes.axhline(measured["psnr_bicubic"], color=GRAY, linestyle="--", label="held out, bicubic")
             axes.legend()
             held_out = any(row.get(f"val_{key}") is not None for row in rows)
-            keep(figure, title, "" if held_out else "Nothing was held out: the run trained on all images.")
+            note = (
+                "Training: patches, the hardest of each draw. Held out: the centre of each picture." if pictures else ""
+            )
+            keep(figure, heading, note if held_out else "Nothing was held out: the run trained on all images.")
         if any(row.get("temperature") is not None for row in rows):
             figure, (upper, lower) = _axes("gap", panels=2)
             for axes, key, color in ((upper, "gap", BLUE), (lower, "temperature", ORANGE)):
@@ -335,6 +356,7 @@ def _render(found: _Run) -> str:
         missing=found.missing,
         plots=_plots(found),
         confusion=None if confusion is None else _confusion_rows(*confusion, run["input"]["classes"]),
+        pictures=_picture_rows(found),
         contents=found.contents,
         float_bytes=found.proof["float_bytes"] if found.proof else None,
         bench=found.bench,
@@ -348,7 +370,9 @@ def _headline(found: _Run) -> list[tuple[str, str, str]]:
     """A few large numbers: (number, what it is, a second line)."""
     cards = []
     proof, results = found.proof, found.run["results"] or {}
-    if proof and proof["accuracy_engine"] is not None:
+    if found.run["metric"] == "psnr":
+        cards += _psnr_cards(found)
+    elif proof and proof["accuracy_engine"] is not None:
         second = f"{proof['accuracy_training']:.2%} in the training graph"
         cards.append((f"{proof['accuracy_engine']:.2%}", "accuracy on the engine", second))
     elif results.get("validation"):
@@ -366,6 +390,30 @@ def _headline(found: _Run) -> list[tuple[str, str, str]]:
         faster = f"{peer['ratio']:.1f}x faster than {PEERS[name][0]}" if peer else ""
         cards.append((f"{1e3 * whole['ours']['median'] / batch:.3f} ms", "for an image", faster))
     return cards
+
+
+def _psnr_cards(found: _Run) -> list[tuple[str, str, str]]:
+    proof, results = found.proof, found.run["results"] or {}
+    if proof and proof.get("pictures"):
+        ours, bicubic = (fmean(p[f"psnr_{key}"] for p in proof["pictures"]) for key in ("engine", "bicubic"))
+        second = f"{ours - bicubic:+.2f} dB over bicubic, {len(proof['pictures'])} pictures"
+        return [(f"{ours:.2f} dB", "PSNR on the engine", second)]
+    if results.get("validation"):
+        measured = results["validation"]
+        second = f"{measured['gain']:+.2f} dB over bicubic, on the held-out pictures"
+        return [(f"{measured['psnr']:.2f} dB", "PSNR, training graph", second)]
+    return []
+
+
+def _picture_rows(found: _Run) -> tuple[str, list[dict[str, Any]]] | None:
+    """What the pictures of the last evaluation are, and a row for each: of the test set where it was measured."""
+    results = found.run["results"] or {}
+    for part, name in (("test", "Test"), ("validation", "Held-out")):
+        measured = results.get(part)
+        if measured and measured.get("pictures"):
+            mean = {"name": f"mean of {measured['images']}", "width": 0, "height": 0, **measured}
+            return f"{name} pictures, training graph", [*measured["pictures"], mean]
+    return None
 
 
 def _confusion_rows(table: list[list[int]], what: str, classes: list[str]) -> dict[str, Any]:

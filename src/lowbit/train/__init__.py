@@ -11,6 +11,7 @@ from lowbit.train.batchnorm import (
 from lowbit.train.freeze import FreezeError, freeze
 from lowbit.train.layers import Pixels, QuantConv2d, QuantLinear, Residual, set_hard
 from lowbit.train.prepare import FlipCounter, auxiliary_loss, parameter_groups, prepare, weight_statistics
+from lowbit.train.resize import ResizeBicubic, resize_bicubic
 from lowbit.train.schedule import Schedule, published_growth
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "QuantConv2d",
     "QuantLinear",
     "Residual",
+    "ResizeBicubic",
     "Schedule",
     "StateBatchNorm1d",
     "StateBatchNorm2d",
@@ -31,6 +33,7 @@ __all__ = [
     "parameter_groups",
     "prepare",
     "published_growth",
+    "resize_bicubic",
     "set_hard",
     "update_state_batchnorm",
     "weight_statistics",

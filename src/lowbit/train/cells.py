@@ -30,6 +30,7 @@ from lowbit.train.rundir import RunError, check_same_data, fingerprint, read_run
 from lowbit.train.statistics import summary
 from lowbit.train.table import Cell, TableError, slug, stored_recipe
 from lowbit.train.trainer import load_data
+from lowbit.train.units import show, unit
 
 __all__ = [
     "FORMAT",
@@ -337,17 +338,3 @@ def measured(result: Mapping[str, Any]) -> tuple[str, float]:
         if found is not None:
             return split, float(found[result["metric"]])
     raise RunError(f"{result['label']} {result['run']}: has neither a test nor a validation result")
-
-
-def unit(metric: str) -> tuple[str, float, int]:
-    """Name of a metric's unit, the factor to it, and the digits worth showing: accuracy lies between 0 and 1, and is
-    shown in percent, as papers do."""
-    return (
-        ("dB", 1.0, 3) if metric.startswith("psnr") else ("", 1.0, 4) if metric.startswith("ssim") else ("%", 100.0, 2)
-    )
-
-
-def show(value: float, metric: str) -> str:
-    """A value in its unit."""
-    name, factor, digits = unit(metric)
-    return f"{factor * value:.{digits}f}{' ' if name else ''}{name}"

@@ -302,7 +302,7 @@ def leaves_parameters_out(model: nn.Module, spec: InputSpec) -> bool:
     """Whether some parameter gets no gradient in a step: DDP must look for those, which costs it time."""
     trial = copy.deepcopy(model).train()
     with torch.random.fork_rng(devices=[]):
-        outputs = trial(torch.zeros(2, spec.channels, spec.height, spec.width, dtype=torch.uint8))
+        outputs = trial(spec.example(2))
     (outputs.float().sum() + auxiliary_loss(trial)).backward()
     return any(p.requires_grad and p.grad is None for p in trial.parameters())
 

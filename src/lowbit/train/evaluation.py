@@ -1,24 +1,31 @@
-"""Accuracy of what there is already: a run's training graph, or a .lowbit file on the engine."""
+"""Accuracy, or PSNR and SSIM, of what there is already: a run's training graph, or a .lowbit file on the engine."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from lowbit.graph import Graph
+from lowbit.packfile import read
 from lowbit.runtime import Engine, load
 from lowbit.train.data import DATASETS, DataError, DataSource, ImageData, cifar, rounds
 from lowbit.train.data.images import Part
+from lowbit.train.data.superres import Pictures, find_pictures
 from lowbit.train.freeze import to_numpy
 from lowbit.train.recipe import Recipe, load_recipe
-from lowbit.train.rundir import InputSpec, read_run
+from lowbit.train.resize import resize_bicubic
+from lowbit.train.rundir import InputSpec, read_run, write_json
 from lowbit.train.tasks.classify import CONFUSION_CLASSES
+from lowbit.train.tasks.superres import compare, means
 from lowbit.train.trainer import evaluate, load_data, load_run
+from lowbit.upscale import Upscaler
 
 __all__ = ["evaluate_file", "evaluate_run"]
 
@@ -31,21 +38,31 @@ def evaluate_run(run_dir: str | os.PathLike[str], data: str | None = None, split
 
     Args:
         run_dir: the run.
-        data: another folder for the recipe's data set; None for the recipe's own.
+        data: another folder for the recipe's data set; None for the recipe's own. Of super-resolution any folder of pictures,
+            all of which are used.
         split: "val" or "test". With ``train.final`` the network was trained on the images of "val": a warning says so.
 
     Returns:
-        ``accuracy`` (0 to 1), ``loss``, ``images``, ``confusion``, ``computed_by``.
+        What ``Task.evaluate`` gives, of classification ``accuracy`` (0 to 1), ``loss``, ``images``, ``confusion``, of
+        super-resolution ``psnr``, ``ssim`` and what else ``tasks.superres.means`` gives; ``metric`` and ``computed_by``. Of the latter
+        also ``broken``, the names of pictures that were passed over, and ``written``, the file in the run directory that holds all
+        this: ``evaluation-SPLIT.json``, or of a folder ``evaluation-FOLDER.json``.
 
     Raises:
         RunError: not a finished run. DataError: the data is missing.
     """
     run_dir = Path(run_dir)
     recipe, model = load_run(run_dir)
-    spec = InputSpec.from_json(read_run(run_dir)["input"])
+    run = read_run(run_dir)
+    spec = InputSpec.from_json(run["input"])
     t = recipe.train
+    by = {"metric": run["metric"], "computed_by": "the training graph"}
+    if not spec.classes:
+        name, source, part = _pictures(recipe, data, split, spec.upscale)
+        found = evaluate(model, recipe, spec, source.evaluation(part, 1))
+        return _kept(run_dir, f"evaluation-{name}.json", {**found, **by, "broken": list(source.broken)})
     batches = _split(_of_recipe(recipe, data, split), split, spec.classes, t.eval_batch_size, t.workers)
-    return {**evaluate(model, recipe, spec, batches), "computed_by": "the training graph"}
+    return {**evaluate(model, recipe, spec, batches), **by}
 
 
 def evaluate_file(
@@ -57,17 +74,21 @@ def evaluate_file(
         path: a .lowbit file.
         data: for a file in a run directory another folder for the run's data set (None for the run's own). Else, and always for the
             name of a data set: that name, or a folder: the files of Fashion-MNIST or CIFAR, or one folder of images for each
-            class (all of them are used where there is no ``test`` folder).
+            class (all of them are used where there is no ``test`` folder). Of super-resolution any folder of pictures.
         split: "val" or "test", as in ``evaluate_run``.
         threads: of the engine.
 
     Returns:
-        ``accuracy`` (0 to 1), ``images``, ``confusion`` (rows are truth), ``computed_by``.
+        ``accuracy`` (0 to 1), ``images``, ``confusion`` (rows are truth), ``metric``, ``computed_by``; of super-resolution as
+        ``evaluate_run`` but for the loss, and ``written`` (``evaluation-SPLIT-engine.json``) for a file in a run directory only.
 
     Raises:
         FileError: not a lowbit file. DataError: no data, or of other classes.
     """
-    engine = load(path, threads=threads)
+    graph = read(Path(path))
+    if graph.meta.get("task") == "superres":
+        return _evaluate_pictures(Path(path), graph, data, split, threads)
+    engine = load(graph, threads=threads)
     beside = Path(path).parent / "recipe.yaml"
     classes = tuple(engine.meta.get("classes", ()))
     if beside.is_file() and data not in DATASETS:
@@ -89,8 +110,59 @@ def evaluate_file(
         "accuracy": int(confusion.trace()) / total,
         "images": total,
         "confusion": confusion.tolist() if count <= CONFUSION_CLASSES else None,
-        "computed_by": f"the engine, {engine.isa}, {engine.threads} thread{'s'[: engine.threads > 1]}",
+        "metric": "accuracy",
+        "computed_by": _by(engine.isa, engine.threads),
     }
+
+
+def _by(isa: str, threads: int) -> str:
+    return f"the engine, {isa}, {threads} thread{'s'[: threads > 1]}"
+
+
+def _evaluate_pictures(path: Path, graph: Graph, data: str | None, split: str, threads: int) -> dict[str, Any]:
+    beside = path.parent / "recipe.yaml"
+    upscaler = Upscaler(graph, threads)
+    scale = upscaler.scale
+    recipe = load_recipe(beside) if beside.is_file() else None
+    if recipe is None and data is None:
+        raise DataError(f"{path}: lies in no run directory; say what to evaluate on with --data")
+    name, source, part = _pictures(recipe, data, split, scale)
+    rows = []
+    for pair in source.pairs(part):
+        low, high = (x[0, 0].numpy() for x in pair)
+        bicubic = resize_bicubic(pair[0], scale)[0, 0].numpy()
+        rows.append(compare(pair.name, upscaler(low), bicubic, high, scale))
+    found = {
+        **means(rows),
+        "metric": "psnr",
+        "computed_by": _by(upscaler.isa, threads),
+        "broken": list(source.broken),
+    }
+    return found if recipe is None else _kept(path.parent, f"evaluation-{name}-engine.json", found)
+
+
+def _kept(run_dir: Path, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    write_json(run_dir / name, found)
+    return {**found, "written": str(run_dir / name)}
+
+
+def _pictures(recipe: Recipe | None, data: str | None, split: str, scale: int) -> tuple[str, Pictures, Part]:
+    """What to call them, the pictures, and which part of them: all those of a folder; else of the data set named, or of the recipe's."""
+    part: Part = "test" if split == "test" else "val"
+    if data is not None and data not in DATASETS:
+        folder = Path(data)
+        found = find_pictures(folder, scale)
+        return folder.resolve().name, Pictures(str(folder), (), (), found, scale), "test"
+    if data is None:
+        assert recipe is not None
+        name, source = split, _of_recipe(recipe, None, split)
+    else:
+        known = DATASETS.get(data)
+        if "scale" not in inspect.signature(known).parameters:
+            raise DataError(f"{data}: is a data set for classification; super-resolution is measured on pictures")
+        name, source = f"{data}-{split}", known(scale=scale)
+    assert isinstance(source, Pictures)
+    return name, source, part
 
 
 def _of_recipe(recipe: Recipe, folder: str | None, split: str) -> DataSource:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import lowbit
 from lowbit.files import write_atomic
@@ -22,13 +22,16 @@ from lowbit.train.data import DataSource
 from lowbit.train.data.images import Part
 from lowbit.train.freeze import freeze
 from lowbit.train.layers import constant_weights
-from lowbit.train.models import build_model
-from lowbit.train.proof import DECISION_BATCH, Proof, prove
+from lowbit.train.network import float_network
+from lowbit.train.proof import DECISION_BATCH, Proof, prove, prove_pictures
 from lowbit.train.recipe import Recipe
 from lowbit.train.rundir import EXPORTING, InputSpec, RunLock, read_run, write_json
 from lowbit.train.trainer import load_data, load_run
 
 MIN_INPUTS, PROBE_BATCH = 500, 64
+CROP, INPUTS_A_CROP = 64, 32
+"""Of super-resolution: the side of a crop, which is the size that the file names, and the inputs that a crop counts for: it
+has more pixels than five of the 28x28 images that the proof's 500 are meant for, and each of them is a result."""
 
 
 class ExportError(ValueError):
@@ -70,7 +73,8 @@ def export_run(
     Args:
         run_dir: the run.
         output: the file; `run_dir`/model.lowbit by default. `run_dir`/proof.json is written either way.
-        inputs: images to compare interpreter, engine and training graph on, at least 500; a data set with fewer gives all.
+        inputs: images to compare interpreter, engine and training graph on, at least 500; a data set with fewer gives all. Of
+            super-resolution a crop of 64 x 64 counts for 32 of them.
         data: the run's data set; by default the recipe's own.
         on_progress: called with (stage, done, total).
 
@@ -99,7 +103,7 @@ def _export(
     recipe, model = load_run(run_dir)
     data = data or load_data(recipe)
     spec = InputSpec.from_json(run["input"])
-    probe = _probe(data, inputs, recipe.train.workers)
+    probe = (_probe if spec.classes else _crops)(data, inputs, recipe.train.workers)
     graph = freeze(model, probe[:1], meta=_meta(recipe, spec, run, data.resize))
 
     with tempfile.TemporaryDirectory(prefix=EXPORTING, dir=run_dir) as folder:
@@ -111,8 +115,12 @@ def _export(
         part: Part = "test" if data.has_test else "val"
         labelled = data.evaluation(part, DECISION_BATCH, workers=recipe.train.workers)
         with constant_weights(model):
-            proof = prove(model, graph, engine, probe, labelled, on_progress, data.count(part))
-    float_bytes = 4 * sum(p.numel() for p in _float_twin(recipe, spec).parameters())
+            if spec.classes:
+                proof = prove(model, graph, engine, probe, labelled, on_progress, data.count(part))
+            else:
+                count = data.count(part)
+                proof = prove_pictures(model, graph, engine, probe, labelled, spec.upscale, on_progress, count)
+    float_bytes = 4 * sum(p.numel() for p in float_network(recipe, spec).parameters())
     write_json(run_dir / "proof.json", {**proof.as_dict(), "file_bytes": len(content), "float_bytes": float_bytes})
     failures = proof.failures()
     if failures:
@@ -135,26 +143,33 @@ def _probe(data: DataSource, count: int, workers: int | None) -> Tensor:
     return torch.cat(found)[:count]
 
 
+def _crops(data: DataSource, count: int, workers: int | None) -> Tensor:
+    """Crops of the small held-out pictures, spread over them; of training patches where these are too small for one."""
+    wanted = -(-count // INPUTS_A_CROP)
+    pictures = [low for low, _ in data.evaluation("val", 1, workers=workers) if min(low.shape[2:]) >= CROP]
+    if not pictures:
+        return torch.cat(list(data.calibration(count, PROBE_BATCH, workers=workers)))
+    places = [(x, top, left) for x in pictures for top in _starts(x.shape[2]) for left in _starts(x.shape[3])]
+    chosen = [places[i * len(places) // wanted] for i in range(wanted)] if len(places) > wanted else places
+    return torch.cat([x[..., top : top + CROP, left : left + CROP] for x, top, left in chosen])
+
+
+def _starts(side: int) -> range:
+    return range(0, side - CROP + 1, CROP)
+
+
 def _meta(recipe: Recipe, spec: InputSpec, run: dict[str, Any], resize: int | None) -> dict[str, Any]:
     size = {} if resize is None else {"resize": resize}
+    of_task: dict[str, Any] = {"superres": {"scale": spec.upscale}}
+    if spec.classes:
+        image = {"height": spec.height, "width": spec.width, "channels": spec.channels, **size}
+        of_task = {"classes": list(spec.classes), "image": image}
     meta = {
         "task": recipe.task,
-        "classes": list(spec.classes),
-        "image": {"height": spec.height, "width": spec.width, "channels": spec.channels, **size},
+        **of_task,
         "recipe": recipe.name,
         "seed": recipe.seed,
         "epochs": run["epochs_done"],
     }
     plain: dict[str, Any] = json.loads(json.dumps(meta))
     return plain
-
-
-def _float_twin(recipe: Recipe, spec: InputSpec) -> nn.Module:
-    """The float network of the same recipe, for its size."""
-    return build_model(
-        recipe.model.name,
-        classes=len(spec.classes),
-        in_channels=spec.channels,
-        image_size=spec.height,
-        **recipe.model.arguments,
-    )

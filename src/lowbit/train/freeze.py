@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+import lowbit.train.resize  # noqa: F401  # registers the op lowbit::resize_bicubic
 from lowbit import graph as lg
 from lowbit.bits import Codes
 from lowbit.train.batchnorm import fold
@@ -253,7 +254,7 @@ class _Freezer:
         where = _path(node) or "the model's own forward"
         supported = (
             "conv2d, linear, batch_norm, relu, prelu, clamp, add, mul by a constant, max_pool2d, avg_pool2d, "
-            "mean over H and W, flatten, cat, pixel_shuffle, dropout"
+            "mean over H and W, flatten, cat, pixel_shuffle, lowbit.train.resize_bicubic, dropout"
         )
         return FreezeError(
             f"{where} ({node.name}): {why}. A Graph has: {supported}. Replace the op, or move it behind the network's output."
@@ -660,7 +661,7 @@ def _mul(f: _Freezer, node: FxNode) -> _Value:
         a, b = b, a
     if isinstance(b, fx.Node) and isinstance(f.env[b], _Value):
         raise f._refuse(node, "multiplies two values")
-    v = f.value(a, node)
+    v = f.multiplicand(a, node)
     return f.step(node, "mul", v, params={"factor": f._per_channel(f.channel_constant(b, node, v), _label(node))})
 
 
@@ -771,6 +772,11 @@ def _cat(f: _Freezer, node: FxNode) -> _Value:
         order = np.concatenate([p + o for p, o in zip(parts, offsets, strict=False)])
     name = f._emit("concat", _label(node), [v.name for v in values])
     return _Value(name, order=order)
+
+
+@_handles(torch.ops.lowbit.resize_bicubic.default)
+def _resize_bicubic(f: _Freezer, node: FxNode) -> _Value:
+    return f.step(node, "resize_bicubic", f.value(node.args[0], node), factor=int(node.args[1]))
 
 
 @_handles(aten.pixel_shuffle.default)

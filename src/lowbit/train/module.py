@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lowbit.train.batchnorm import calibrate_batchnorm, update_state_batchnorm
 from lowbit.train.data import DataSource
@@ -38,7 +39,7 @@ _log = logging.getLogger("lowbit.train")
 
 def calibrate(model: nn.Module, recipe: Recipe, batches: Iterable[Tensor]) -> None:
     """BN statistics of the hard network, on clean images; the two-statistics state BN keeps its own."""
-    if recipe.quantize.state_batchnorm:
+    if recipe.quantize.state_batchnorm or not any(isinstance(m, _BatchNorm) for m in model.modules()):
         return
     device = next(model.parameters()).device
     calibrate_batchnorm(model, (batch.to(device) for batch in batches))
@@ -183,6 +184,19 @@ class TrainingModule(L.LightningModule):
             for parameter in self._still:  # without a gradient neither momentum nor decay moves it
                 parameter.grad = None
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if self.recipe.train.grad_clip_by == "norm" or gradient_clip_val is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for group in optimizer.param_groups:
+            if group["lr"] > 0:  # at 0 nothing moves, however large
+                torch.nn.utils.clip_grad_value_(group["params"], gradient_clip_val / group["lr"])
+
     def on_train_epoch_end(self) -> None:
         seconds = time.perf_counter() - self._clock
         recipe, metric, epoch = self.recipe, self.task.metric, self.current_epoch
@@ -230,7 +244,7 @@ class TrainingModule(L.LightningModule):
                 self.log(key, shown[key], prog_bar=True, logger=False)
         val = f", val {row[f'val_{metric}']:.4f}" if f"val_{metric}" in row else ""
         _log.info(
-            "epoch %d/%d: loss %.4f, train %s %.4f%s, gap %.4f, flips %.4f, %.0f images/s",
+            "epoch %d/%d: loss %.4g, train %s %.4f%s, gap %.4f, flips %.4f, %.0f images/s",
             epoch + 1,
             recipe.train.epochs,
             row["train_loss"],

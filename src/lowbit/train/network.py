@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lowbit.train.layers import Pixels
-from lowbit.train.models import build_model
+from lowbit.train.models import build_model, model_factory
 from lowbit.train.prepare import prepare
 from lowbit.train.quantizers import QuantizerWarning
 from lowbit.train.recipe import Recipe, RecipeError, load_recipe, parse_recipe
@@ -21,14 +21,26 @@ from lowbit.train.rundir import InputSpec, RunError, read_checkpoint, read_run
 if TYPE_CHECKING:
     from lowbit.train.start import Start
 
-__all__ = ["Trained", "build_network", "load_run", "load_trained", "restore"]
+__all__ = ["Trained", "build_network", "float_network", "load_run", "load_trained", "restore"]
 
 
-def _float_network(recipe: Recipe, spec: InputSpec) -> nn.Module:
+def float_network(recipe: Recipe, spec: InputSpec) -> nn.Module:
+    """The recipe's network before it is prepared, with random weights: the float twin.
+
+    Raises:
+        ValueError: it can't be built.
+    """
     name, arguments = recipe.model.name, recipe.model.arguments
+    if not spec.classes and "classes" in inspect.signature(model_factory(name)).parameters:
+        raise ValueError(f"model {name!r} names classes; a network for super-resolution has an argument `upscale`")
     try:
         return build_model(
-            name, classes=len(spec.classes), in_channels=spec.channels, image_size=spec.height, **arguments
+            name,
+            classes=len(spec.classes),
+            in_channels=spec.channels,
+            image_size=spec.height,
+            upscale=spec.upscale,
+            **arguments,
         )
     except ValueError:
         raise
@@ -51,7 +63,7 @@ def build_network(recipe: Recipe, spec: InputSpec, start: Start | None = None) -
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            model = _float_network(recipe, spec)
+            model = float_network(recipe, spec)
             if start is not None:
                 start.load_weights(model)
             model = prepare(
@@ -61,7 +73,7 @@ def build_network(recipe: Recipe, spec: InputSpec, start: Start | None = None) -
                 activation_bits=q.activation_bits,
                 activation=q.activation,
                 edges=q.edges,
-                image=Pixels(zero_point=spec.zero_point, scale=spec.scale),
+                image=spec.pixels,
                 residual_dtype=q.residual_dtype,
                 state_batchnorm=q.state_batchnorm,
                 skip=q.skip,

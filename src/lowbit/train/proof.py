@@ -7,6 +7,7 @@ Three questions, from hard to soft (docs/OPS.md says why the first has no tolera
    otherwise than the training graph? What may differ is the order of summation in a float layer or an average of floats, where a
    number lies next to a threshold; a code of B bits has 2^B - 1 of them. At most 1 in 10^6 comparisons with a threshold.
 3. Left to run, how many decisions (argmax) change? At most 2 in 10,000. Codes that differ by then are counted as cascaded flips.
+   For pictures: by how much does the PSNR of a whole picture change? At most 0.01 dB.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -23,14 +25,21 @@ from torch import Tensor, nn
 from lowbit import interpreter
 from lowbit.graph import Graph, Node, ValueType
 from lowbit.runtime import Engine
+from lowbit.train.data.superres import Pair
 from lowbit.train.freeze import to_numpy
 from lowbit.train.layers import PixelInput, QuantLayer, Residual
+from lowbit.train.resize import resize_bicubic
 from lowbit.train.tasks.classify import CONFUSION_CLASSES
+from lowbit.train.tasks.superres import psnr
+from lowbit.upscale import Upscaler
 
 ROOT_FLIP_BOUND = 1e-6
 DECISION_BOUND = 2e-4
+PSNR_BOUND = 0.01
 DECISION_BATCH = 500
 _BATCH = 64
+_CROPS = 2
+"""Of pictures, which keep many more values each."""
 
 Array = np.ndarray[Any, Any]
 
@@ -50,6 +59,7 @@ class Proof:
         accuracy_training, accuracy_engine: on the labelled inputs, or None without labels.
         confusion: on the same inputs, rows are the truth, columns the engine's answers; None without labels, or with many classes.
         isa: the engine's instruction set.
+        pictures: of super-resolution: ``name, psnr_training, psnr_engine, psnr_bicubic`` of every picture; None for other tasks.
     """
 
     inputs: int = 0
@@ -68,6 +78,16 @@ class Proof:
     accuracy_engine: float | None = None
     confusion: list[list[int]] | None = None
     isa: str = ""
+    pictures: list[dict[str, Any]] | None = None
+
+    @property
+    def psnr_apart(self) -> float:
+        """The largest difference between training graph and engine, dB."""
+        return max((abs(p["psnr_training"] - p["psnr_engine"]) for p in self.pictures or ()), default=0.0)
+
+    def psnr(self, of: str) -> float | None:
+        """Mean PSNR over the pictures of "training", "engine" or "bicubic"; None for other tasks."""
+        return None if self.pictures is None else fmean(p[f"psnr_{of}"] for p in self.pictures)
 
     @property
     def root_flip_rate(self) -> float:
@@ -93,11 +113,16 @@ class Proof:
                 f"{self.decisions_changed} of {self.decisions} decisions changed against the training graph "
                 f"(bound {DECISION_BOUND:g} of them)"
             )
+        if self.psnr_apart > PSNR_BOUND:
+            found.append(
+                f"the PSNR of a picture differs by {self.psnr_apart:.4f} dB from the training graph's (bound {PSNR_BOUND:g})"
+            )
         return found
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON."""
-        return {**asdict(self), "root_flip_rate": self.root_flip_rate, "failures": self.failures()}
+        tree = {**asdict(self), "root_flip_rate": self.root_flip_rate, "failures": self.failures()}
+        return tree if self.pictures is None else {**tree, "psnr_apart": self.psnr_apart}
 
 
 def prove(
@@ -122,13 +147,8 @@ def prove(
     Returns:
         The Proof; `Proof.failures` tells whether it holds.
     """
-    proof = Proof(isa=engine.isa)
     report = on_progress or (lambda *_: None)
-    for start in range(0, len(inputs), _BATCH):
-        batch = inputs[start : start + _BATCH]
-        _compare_engine(proof, graph, engine, to_numpy(batch))
-        _compare_training(proof, model, graph, engine, batch)
-        report("interpreter against engine", min(start + _BATCH, len(inputs)), len(inputs))
+    proof = _compare_inputs(model, graph, engine, inputs, _BATCH, report)
     whole = (inputs, None) if test is None else test
     if isinstance(whole, tuple):
         test_count = len(whole[0])
@@ -152,6 +172,66 @@ def prove(
         proof.accuracy_training = right_training / proof.decisions
         proof.accuracy_engine = right_engine / proof.decisions
         proof.confusion = confusion.tolist() if len(confusion) <= CONFUSION_CLASSES else None
+    return proof
+
+
+def prove_pictures(
+    model: nn.Module,
+    graph: Graph,
+    engine: Engine,
+    crops: Tensor,
+    pictures: Iterable[tuple[Tensor, Tensor]],
+    upscale: int,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    count: int = 0,
+) -> Proof:
+    """`prove` for super-resolution: interpreter, engine and training graph on crops, the PSNR of whole pictures.
+
+    Args:
+        model, graph, engine: as for `prove`.
+        crops: small luma ``[N, 1, H, W]`` of the Graph's input size, of real pictures.
+        pictures: (small, large) of each, as ``DataSource.evaluation`` gives them.
+        upscale: how much larger the large ones are.
+        on_progress: called with (stage, done, total).
+        count: how many pictures there are, for the progress.
+
+    Raises:
+        ValueError: there are no pictures, or the network can't run on pictures of any size (`lowbit.upscale`).
+    """
+    report = on_progress or (lambda *_: None)
+    proof = _compare_inputs(model, graph, engine, crops, _CROPS, report)
+    proof.pictures = []
+    upscaler = Upscaler(graph, engine.threads, isa=engine.isa)
+    for pair in pictures:
+        low, high = pair
+        with torch.no_grad():
+            ours, bicubic = model(low).float(), resize_bicubic(low, upscale)
+        theirs = upscaler(low[0, 0].numpy())
+        target = high[0, 0].numpy()
+        row: dict[str, Any] = {"name": pair.name if isinstance(pair, Pair) else str(len(proof.pictures))}
+        for key, y in (("training", ours[0, 0].cpu().numpy()), ("engine", theirs), ("bicubic", bicubic[0, 0].numpy())):
+            row[f"psnr_{key}"] = psnr(y, target, upscale)
+        proof.pictures.append(row)
+        report("pictures", len(proof.pictures), count)
+    if not proof.pictures:
+        raise ValueError("there are no pictures to compare the PSNR of")
+    return proof
+
+
+def _compare_inputs(
+    model: nn.Module,
+    graph: Graph,
+    engine: Engine,
+    inputs: Tensor,
+    batch_size: int,
+    report: Callable[[str, int, int], None],
+) -> Proof:
+    proof = Proof(isa=engine.isa)
+    for start in range(0, len(inputs), batch_size):
+        batch = inputs[start : start + batch_size]
+        _compare_engine(proof, graph, engine, to_numpy(batch))
+        _compare_training(proof, model, graph, engine, batch)
+        report("interpreter against engine", min(start + batch_size, len(inputs)), len(inputs))
     return proof
 
 

@@ -86,12 +86,14 @@ class AugmentConfig(Strict):
         resized_crop: share of the image's area that is cut out and resized, smallest and largest: [0.08, 1.0] as published
             for ImageNet; for data sets that are decoded image by image.
         ratio: width / height of that cut, smallest and largest.
+        rotate: turn by a random multiple of 90 degrees; for the patches of super-resolution.
     """
 
     crop: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
     resized_crop: tuple[float, float] | None = None
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    rotate: bool = False
 
     @model_validator(mode="after")
     def _agree(self) -> AugmentConfig:
@@ -150,7 +152,12 @@ class TrainConfig(Strict):
         latent_weight_decay: decay of the latent weights or logits.
         lr_schedule: "cosine" to 0, "linear" to 0, "step" (times ``gamma`` at each of ``milestones``, in epochs), "constant".
         warmup: epochs of linear increase, may be a fraction.
-        grad_clip: largest norm of the whole gradient; None for no clipping.
+        grad_clip: what ``grad_clip_by`` limits; None for no clipping.
+        grad_clip_by: "norm": the norm of the whole gradient is at most ``grad_clip``. "rate": VDSR's adjustable clipping (1511.04587, 3.2):
+            each component is clipped to +-``grad_clip`` / (the learning rate of its group at that step).
+        loss: "auto": cross-entropy for classify, "l1" for superres. For superres: "l1" (mean absolute error), "mse" (mean squared error) or
+            "patch" (half the squared error, summed over a patch, mean over the batch: the loss of VDSR, whose gradients are as large as its
+            learning rates and clipping ask for).
         label_smoothing: share of the target spread over all classes.
         final: train on all training images, choose nothing: for settings that are fixed.
         validate_every: epochs between two evaluations.
@@ -185,6 +192,8 @@ class TrainConfig(Strict):
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
     warmup: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(gt=0)] | None = None
+    grad_clip_by: Literal["norm", "rate"] = "norm"
+    loss: Literal["auto", "cross_entropy", "l1", "mse", "patch"] = "auto"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     final: bool = False
     validate_every: Annotated[int, Field(ge=1)] = 1
@@ -342,7 +351,7 @@ def _check_names(recipe: Recipe) -> None:
     from lowbit.train.quantizers import ACTIVATIONS, WEIGHTS, QuantizerWarning
     from lowbit.train.tasks import TASKS
 
-    TASKS.get(recipe.task)
+    TASKS.get(recipe.task).check(recipe)
     if recipe.train.distill is not None and recipe.task != "classify":
         raise ValueError(f"train.distill compares class probabilities: it belongs to task classify, not {recipe.task}")
     WEIGHTS.get(recipe.quantize.method)

@@ -39,6 +39,7 @@ import lowbit.machine
 from lowbit.files import SUFFIX, remove_leftovers, write_atomic
 from lowbit.remote import source_digest
 from lowbit.train.data import DataSource
+from lowbit.train.layers import Pixels
 
 __all__ = [
     "InputSpec",
@@ -106,7 +107,11 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What the network reads and answers: all that building it again needs from the data."""
+    """What the network reads and answers: all that building it again needs from the data.
+
+    With ``classes`` it reads raw pixels and names a class; without (super-resolution) it reads luma in 0..1 and gives it back
+    ``upscale`` times as large. Then height and width are those of the training patches: pictures may have any.
+    """
 
     channels: int
     height: int
@@ -114,11 +119,22 @@ class InputSpec:
     zero_point: tuple[int, ...]
     scale: float
     classes: tuple[str, ...]
+    upscale: int = 1
+
+    @property
+    def pixels(self) -> Pixels | None:
+        """How the first layer reads raw pixels; None for luma."""
+        return Pixels(zero_point=self.zero_point, scale=self.scale) if self.classes else None
+
+    def example(self, count: int) -> torch.Tensor:
+        """So many black inputs."""
+        dtype = torch.uint8 if self.classes else torch.float32
+        return torch.zeros(count, self.channels, self.height, self.width, dtype=dtype)
 
     @staticmethod
     def of(data: DataSource) -> InputSpec:
         """The input of a network for ``data``."""
-        return InputSpec(*data.shape, tuple(data.zero_point), data.scale, tuple(data.classes))
+        return InputSpec(*data.shape, tuple(data.zero_point), data.scale, tuple(data.classes), data.upscale)
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> InputSpec:

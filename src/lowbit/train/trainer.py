@@ -137,10 +137,10 @@ def _try_out(model: nn.Module, recipe: Recipe, spec: InputSpec) -> list[str]:
         Warnings: why it can't be exported, if it can't.
 
     Raises:
-        RecipeError: it fails on the data's images, or does not give one number for each class.
+        RecipeError: it fails on the data's images, or gives something of another shape than the task's.
     """
     trial = copy.deepcopy(model).eval()
-    x = torch.zeros(2, spec.channels, spec.height, spec.width, dtype=torch.uint8)
+    x = spec.example(2)
     images = f"images of {spec.channels}x{spec.height}x{spec.width}"
     try:
         with torch.no_grad():
@@ -148,11 +148,11 @@ def _try_out(model: nn.Module, recipe: Recipe, spec: InputSpec) -> list[str]:
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RecipeError(f"{recipe.name}: model {recipe.model.name!r} fails on {images}: {first}") from error
-    if not isinstance(y, Tensor) or (recipe.task == "classify" and y.shape != (2, len(spec.classes))):
+    shape, words = _task(recipe, spec).output_shape(spec)
+    if not isinstance(y, Tensor) or y.shape != (2, *shape):
         got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise RecipeError(
-            f"{recipe.name}: model {recipe.model.name!r} gives {got} for 2 {images}, not (2, {len(spec.classes)}): "
-            "one number for each class; an argument named `classes` is filled in"
+            f"{recipe.name}: model {recipe.model.name!r} gives {got} for 2 {images}, not {(2, *shape)}: {words}"
         )
     try:
         freeze(trial, x)
@@ -162,7 +162,10 @@ def _try_out(model: nn.Module, recipe: Recipe, spec: InputSpec) -> list[str]:
 
 
 def _task(recipe: Recipe, spec: InputSpec) -> Task:
-    return TASKS.get(recipe.task)(classes=len(spec.classes), label_smoothing=recipe.train.label_smoothing)  # type: ignore[call-arg]
+    try:
+        return TASKS.get(recipe.task).of(recipe, spec)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -328,6 +331,7 @@ def _build(recipe: Recipe, ranks: Ranks, before: Mapping[str, Any] | None, resum
     t = recipe.train
     data = load_data(recipe)
     spec = InputSpec.of(data) if before is None else InputSpec.from_json(before["input"])
+    task = _task(recipe, spec)
     notes: list[str] = []
     with _noting(notes):
         model = build_network(recipe, spec) if resumed else _starting_network(recipe, spec)
@@ -355,7 +359,7 @@ def _build(recipe: Recipe, ranks: Ranks, before: Mapping[str, Any] | None, resum
     calibration = data.calibration(
         t.calibration_images or max(data.count("val"), t.eval_batch_size), t.eval_batch_size, workers=t.workers
     )
-    return _Parts(data, spec, model, teacher, batches, calibration, _task(recipe, spec), notes)
+    return _Parts(data, spec, model, teacher, batches, calibration, task, notes)
 
 
 def _train(

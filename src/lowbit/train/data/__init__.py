@@ -16,9 +16,12 @@ DATASETS: Registry[Callable[..., DataSource]] = Registry(
     {
         "cifar10": "lowbit.train.data.cifar",
         "cifar100": "lowbit.train.data.cifar",
+        "div2k": "lowbit.train.data.superres",
         "fashion_mnist": "lowbit.train.data.fashion_mnist",
         "image_folder": "lowbit.train.data.image_folder",
         "imagenet_folder": "lowbit.train.data.imagenet",
         "imagenet_shards": "lowbit.train.data.imagenet",
+        "photographs": "lowbit.train.data.superres",
+        "picture_folder": "lowbit.train.data.superres",
     },
 )

@@ -37,15 +37,17 @@ class Augment:
         resized_crop: share of the image's area that is cut out and resized, smallest and largest; None for no such cut.
             For data sets that are decoded image by image; those in memory have their final size and take ``crop``.
         ratio: width / height of the cut, smallest and largest.
+        rotate: turn by a random multiple of 90 degrees; for pictures of super-resolution.
     """
 
     crop: int = 0
     flip: bool = False
     resized_crop: tuple[float, float] | None = None
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    rotate: bool = False
 
     def __bool__(self) -> bool:
-        return self.crop > 0 or self.flip or self.resized_crop is not None
+        return self.crop > 0 or self.flip or self.resized_crop is not None or self.rotate
 
 
 def random_crop_flip(x: Tensor, augment: Augment, zero_point: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lowbit.train.data.batches import Augment, Batches, TrainingBatches, rounds
 
-__all__ = ["DataError", "DataSource", "ImageData", "Labelled", "Part", "split_indices"]
+__all__ = ["DataError", "DataSource", "ImageData", "Labelled", "Part", "refuse_rotation", "split_indices"]
 
 Labelled = tuple[Tensor, Tensor]
 Part = Literal["train", "full", "val", "test"]
@@ -23,6 +23,18 @@ Part = Literal["train", "full", "val", "test"]
 
 class DataError(ValueError):
     """A data set is missing or broken; the message names the file and the way out."""
+
+
+def refuse_rotation(name: str, augment: Augment | None) -> None:
+    """What is upright says something about an object's class: only pictures of super-resolution are turned.
+
+    Raises:
+        DataError: ``augment.rotate``.
+    """
+    if augment is not None and augment.rotate:
+        raise DataError(
+            f"data.augment.rotate turns the patches of super-resolution's pictures, not the images of {name}"
+        )
 
 
 def split_indices(count: int, validation: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -39,6 +51,9 @@ def split_indices(count: int, validation: int, seed: int) -> tuple[Tensor, Tenso
 class DataSource(ABC):
     """What training, evaluation and export ask of a data set. Images are u8 ``[N, C, H, W]``, labels int64 ``[N]``.
 
+    Data sets for super-resolution (``upscale`` > 1) have no classes; their inputs are luma, float32 ``[N, 1, h, w]`` in
+    0..1, their targets ``[N, 1, upscale h, upscale w]``, and of an evaluation each batch is one picture of a size of its own.
+
     The network sees ``(pixel - zero_point[c]) * scale``, with integer zero points, so that an 8-bit first layer gets exact
     integers and padding with the zero point is zero. All iterables may be gone through again and give the same.
 
@@ -49,6 +64,7 @@ class DataSource(ABC):
         zero_point: one integer for each channel (the rounded mean of the training pixels).
         scale: one factor for all channels (1 / standard deviation of the training pixels).
         has_test: False where no images are set apart for a test; asking for them then raises DataError.
+        upscale: how many times larger the pictures are that a network gives back; 1 where it names classes.
         resize: what evaluation makes the shorter side before it cuts the centre out (``lowbit.predict.centre``); None where
             images have their size already. It goes into the exported file, so that ``predict`` does the same.
     """
@@ -59,6 +75,7 @@ class DataSource(ABC):
     zero_point: tuple[int, ...]
     scale: float
     has_test: bool
+    upscale: int = 1
     resize: int | None = None
 
     @abstractmethod
@@ -245,6 +262,7 @@ class ImageData(DataSource):
                 f"data.augment.resized_crop cuts images out as they are decoded; {self.name} lies in memory at its final "
                 "size: use data.augment.crop"
             )
+        refuse_rotation(self.name, augment)
         x, y = self._part(part)
         return Batches(x, y, batch_size, seed, augment, self.zero_point, rank, world_size)
 

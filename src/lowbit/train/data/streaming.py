@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lowbit.train.data.batches import Augment, TrainingBatches, generator_of
 from lowbit.train.data.decode import BrokenImageError, Geometry, decode
-from lowbit.train.data.images import DataError, DataSource, Labelled, Part, split_indices
+from lowbit.train.data.images import DataError, DataSource, Labelled, Part, refuse_rotation, split_indices
 
 __all__ = ["Broken", "Encoded", "Records", "StreamingBatches", "StreamingData", "default_workers"]
 
@@ -344,6 +344,7 @@ class StreamingData(DataSource):
                 f"data.augment.crop shifts images of their final size; {self.name} cuts them out of larger ones: use "
                 "data.augment.resized_crop, [0.08, 1.0] as published for ImageNet"
             )
+        refuse_rotation(self.name, augment)
         processes = default_workers(world_size) if workers is None else workers
         return StreamingBatches(self, part, batch_size, self._worker(part, augment, seed), processes, rank, world_size)
 

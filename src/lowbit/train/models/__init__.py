@@ -13,7 +13,8 @@ from lowbit.train.registry import Registry, nearest
 
 __all__ = ["MODELS", "build_model", "model_arguments", "model_factory"]
 
-#: ``name -> function(classes, in_channels, image_size, **arguments) -> nn.Module``. One file, one line for each.
+#: ``name -> function(classes, in_channels, image_size, **arguments) -> nn.Module``, for super-resolution ``function(upscale,
+#: **arguments)``. One file, one line for each.
 MODELS: Registry[Callable[..., nn.Module]] = Registry(
     "model",
     {
@@ -21,16 +22,19 @@ MODELS: Registry[Callable[..., nn.Module]] = Registry(
         "bireal_resnet14": "lowbit.train.models.bireal",
         "bireal_resnet18": "lowbit.train.models.bireal",
         "bireal_resnet34": "lowbit.train.models.bireal",
+        "bireal_sr": "lowbit.train.models.superres",
+        "linear_sr": "lowbit.train.models.superres",
         "reactnet18": "lowbit.train.models.reactnet",
         "reactnet_a": "lowbit.train.models.reactnet",
         "resnet18": "lowbit.train.models.resnet",
         "resnet20": "lowbit.train.models.resnet_cifar",
         "resnet34": "lowbit.train.models.resnet",
+        "vdsr": "lowbit.train.models.superres",
         "vgg_small": "lowbit.train.models.vgg_small",
     },
 )
 
-_FROM_DATA = ("classes", "in_channels", "image_size")
+_FROM_DATA = ("classes", "in_channels", "image_size", "upscale")
 
 
 def model_factory(name: str) -> Callable[..., nn.Module]:
@@ -61,15 +65,18 @@ def model_arguments(name: str) -> dict[str, Any]:
     return {key: p.default for key, p in parameters.items() if key not in _FROM_DATA}
 
 
-def build_model(name: str, *, classes: int, in_channels: int, image_size: int, **arguments: Any) -> nn.Module:
+def build_model(
+    name: str, *, classes: int, in_channels: int, image_size: int, upscale: int = 1, **arguments: Any
+) -> nn.Module:
     """Build model ``name`` in float32, randomly initialised.
 
     Args:
-        name: a registered name, or ``package.module:function`` for your own. Of ``classes``, ``in_channels`` and
-            ``image_size`` your function gets those it has arguments for.
+        name: a registered name, or ``package.module:function`` for your own. Of ``classes``, ``in_channels``,
+            ``image_size`` and ``upscale`` your function gets those it has arguments for.
         classes: number of outputs.
         in_channels: channels of the images.
         image_size: height and width of the images.
+        upscale: how many times larger the output is than the input; 1 but for super-resolution.
         **arguments: the model's own arguments.
 
     Raises:
@@ -80,7 +87,7 @@ def build_model(name: str, *, classes: int, in_channels: int, image_size: int, *
     for key in arguments:
         if key not in known:
             raise ValueError(f"model {name!r} has no argument {key!r}: {nearest(key, list(known))}")
-    given = {"classes": classes, "in_channels": in_channels, "image_size": image_size}
+    given = {"classes": classes, "in_channels": in_channels, "image_size": image_size, "upscale": upscale}
     takes = inspect.signature(factory).parameters
     model = factory(**{key: value for key, value in given.items() if key in takes}, **arguments)
     if not isinstance(model, nn.Module):

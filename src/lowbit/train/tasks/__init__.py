@@ -8,4 +8,6 @@ from lowbit.train.tasks.base import Task
 __all__ = ["TASKS", "Task"]
 
 #: ``name -> Task subclass``. One file, one line for each.
-TASKS: Registry[type[Task]] = Registry("task", {"classify": "lowbit.train.tasks.classify"})
+TASKS: Registry[type[Task]] = Registry(
+    "task", {"classify": "lowbit.train.tasks.classify", "superres": "lowbit.train.tasks.superres"}
+)

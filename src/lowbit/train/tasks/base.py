@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lowbit.train.recipe import Recipe
+    from lowbit.train.rundir import InputSpec
 
 __all__ = ["Task"]
 
@@ -19,6 +23,28 @@ class Task(ABC):
     """
 
     metric: str
+
+    @classmethod
+    @abstractmethod
+    def check(cls, recipe: Recipe) -> None:
+        """Hold a recipe's settings against the task.
+
+        Raises:
+            ValueError: a key that is not for this task; the message names it.
+        """
+
+    @classmethod
+    @abstractmethod
+    def of(cls, recipe: Recipe, spec: InputSpec) -> Self:
+        """The task of a run.
+
+        Raises:
+            ValueError: data of another task.
+        """
+
+    @abstractmethod
+    def output_shape(self, spec: InputSpec) -> tuple[tuple[int, ...], str]:
+        """The shape of a network's output for one input, and what it is in words."""
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from lowbit.train.layers import constant_weights
 from lowbit.train.tasks import TASKS
 from lowbit.train.tasks.base import Task
+
+if TYPE_CHECKING:
+    from lowbit.train.recipe import Recipe
+    from lowbit.train.rundir import InputSpec
 
 __all__ = ["Classify"]
 
@@ -34,6 +38,20 @@ class Classify(Task):
     def __init__(self, classes: int, label_smoothing: float = 0.0) -> None:
         self.classes = classes
         self.label_smoothing = label_smoothing
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        if recipe.train.loss not in ("auto", "cross_entropy"):
+            raise ValueError(f"train.loss: {recipe.train.loss} is for pictures; task classify has cross_entropy")
+
+    @classmethod
+    def of(cls, recipe: Recipe, spec: InputSpec) -> Classify:
+        if not spec.classes:
+            raise ValueError(f"data {recipe.data.name!r} has no classes: it is for task superres, not classify")
+        return cls(len(spec.classes), recipe.train.label_smoothing)
+
+    def output_shape(self, spec: InputSpec) -> tuple[tuple[int, ...], str]:
+        return (len(spec.classes),), "one number for each class; an argument named `classes` is filled in"
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs.float(), targets, label_smoothing=self.label_smoothing)
