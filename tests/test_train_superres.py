@@ -499,6 +499,12 @@ def test_evaluate_names_broken_pictures(whole: Any, tmp_path: Path) -> None:
     assert fine.exit_code == 0, fine.output
     assert "mean of 2" in fine.output
     assert (whole.run_dir / "evaluation-mine.json").is_file()
+    beside = runner.invoke(
+        cli.app,
+        ["evaluate", str(whole.run_dir), "--data", str(tmp_path / "mine"), "--beside", str(whole.run_dir)],
+    )
+    assert beside.exit_code == 0, beside.output
+    assert beside.output.count("+0.00") == 3, "two pictures and their mean"
     (tmp_path / "mine" / "cut.png").write_bytes((tmp_path / "mine" / "a.png").read_bytes()[:700])
     Image.fromarray(picture(0, 14, 60)).save(tmp_path / "mine" / "low.png")
     found = runner.invoke(cli.app, ["evaluate", str(whole.run_dir), "--data", str(tmp_path / "mine")])

@@ -271,6 +271,13 @@ def evaluate(
             help="val: the held-out training images (with train.final the network was trained on them). test: the test images."
         ),
     ] = Split.val,
+    beside: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of super-resolution: another run or file, such as the linear control or the float twin, on the same pictures.",
+            metavar="RUN_OR_FILE",
+        ),
+    ] = None,
     threads: ThreadsOption = 1,
 ) -> None:
     """Measure accuracy, of super-resolution PSNR and SSIM: of a run's training graph, or of a file on the engine.
@@ -280,16 +287,24 @@ def evaluate(
     """
     from lowbit.train.evaluation import evaluate_file, evaluate_run
 
+    def measure(path: Path) -> dict[str, Any]:
+        return (
+            evaluate_run(path, data, split.value) if path.is_dir() else evaluate_file(path, data, split.value, threads)
+        )
+
     _log_to_stderr()
-    if what.is_dir():
-        found = evaluate_run(what, data, split.value)
-    else:
-        found = evaluate_file(what, data, split.value, threads)
+    found = measure(what)
     if found["metric"] == "psnr":
-        _print_pictures(f"{what}, computed by {found['computed_by']}", found)
+        _print_pictures(
+            f"{what}, computed by {found['computed_by']}", found, beside, None if beside is None else measure(beside)
+        )
         if found["broken"]:
             raise typer.Exit(1)
         return
+    if beside is not None:
+        raise typer.BadParameter(
+            f"--beside {beside}: {what} classifies images; give --beside for super-resolution only"
+        )
     table = _facts(f"{what}, {split.value} images")
     table.add_row("accuracy", f"{found['accuracy']:.2%}")
     table.add_row("images", f"{found['images']:,}")
@@ -297,22 +312,31 @@ def evaluate(
     out.print(table)
 
 
-def _print_pictures(title: str, found: Mapping[str, Any]) -> None:
+def _print_pictures(
+    title: str, found: Mapping[str, Any], beside: Path | None = None, other: Mapping[str, Any] | None = None
+) -> None:
+    names = [picture["name"] for picture in found["pictures"]]
+    if other is not None and [picture["name"] for picture in other.get("pictures", ())] != names:
+        raise typer.BadParameter(f"--beside {beside}: it was not measured on the same pictures; name them with --data")
     table = Table(title=escape(title), title_justify="left")
     table.add_column("picture", overflow="fold")
-    for heading in ("pixels", "PSNR (dB)", "bicubic", "gain", "SSIM", "bicubic"):
-        table.add_column(heading, justify="right")
+    for heading in ("PSNR", "bicubic", "gain", "SSIM", "bicubic", *(("beside", "gain") if other else ())):
+        table.add_column(heading, justify="right", no_wrap=True)
 
-    def row(name: str, pixels: str, each: Mapping[str, Any]) -> None:
+    def row(name: str, each: Mapping[str, Any], its: Mapping[str, Any] | None) -> None:
         gain = each["psnr"] - each["psnr_bicubic"]
-        values = (f"{each['psnr']:.2f}", f"{each['psnr_bicubic']:.2f}", f"{gain:+.2f}")
-        table.add_row(escape(name), pixels, *values, f"{each['ssim']:.4f}", f"{each['ssim_bicubic']:.4f}")
+        values = [f"{each['psnr']:.2f}", f"{each['psnr_bicubic']:.2f}", f"{gain:+.2f}"]
+        values += [f"{each['ssim']:.4f}", f"{each['ssim_bicubic']:.4f}"]
+        values += [f"{its['psnr']:.2f}", f"{each['psnr'] - its['psnr']:+.2f}"] if its else []
+        table.add_row(escape(name), *values)
 
-    for picture in found["pictures"]:
-        row(picture["name"], f"{picture['width']}x{picture['height']}", picture)
+    others = [None] * len(names) if other is None else other["pictures"]
+    for picture, its in zip(found["pictures"], others, strict=True):
+        row(picture["name"], picture, its)
     table.add_section()
-    row(f"mean of {found['images']}", "", found)
+    row(f"mean of {found['images']}", found, other)
     out.print(table)
+    out.print("PSNR in dB, of luma" + ("" if beside is None else f"; beside: {escape(str(beside))}"), soft_wrap=True)
     if "written" in found:
         out.print(f"wrote [bold]{escape(found['written'])}[/]", soft_wrap=True)
     if found["broken"]:
