@@ -234,7 +234,7 @@ class Upscaler:
         read_in = pixels * (stored + 2 * planes * sample)
         rows = min(self.tile, header.height)
         work = 4 * header.width * rows * (1 + self.scale**2) + 20 * 4 * (_CHUNK + header.width * self.scale**2)
-        engine = self._workspace(rows * min(self.tile, header.width)) + (16 << 20)
+        engine = self._workspace(rows * min(self.tile, header.width)) + (32 << 20)  # and what allocators keep
         encoding = larger * (stored if sample == 1 else 0) + larger * planes * sample
         kept = pixels * planes * sample
         # What the work took is given back to the allocator, but hardly to the system, before the picture is encoded.
