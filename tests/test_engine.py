@@ -395,6 +395,26 @@ def test_tables(x: Codes, w: Codes, channels: int, filters: int, attrs: dict[str
             assert not difference(shared, batch, output, values)
 
 
+@pytest.mark.parametrize("x", [Codes("unsigned", 2), Codes("unsigned", 4)])
+@pytest.mark.parametrize("w", [Codes("bipolar", 1), Codes("bipolar", 2)])
+@pytest.mark.parametrize("taps", [(3, 3), (5, 1)])
+@pytest.mark.parametrize("density", [0.3, 0.6, 0.8, 0.92])
+def test_tables_to_the_last_byte(x: Codes, w: Codes, taps: tuple[int, int], density: float) -> None:
+    """How many lookups a byte holds depends on the weights: with every code the largest, one too many overflows."""
+    rng = np.random.default_rng(SEED)
+    graph = one_product(rng, x, w, 7, 102, 128, "", kernel=taps, padding=(0,) * 4)
+    codes = np.where(rng.random((128, *taps, 102)) < density, w.high, w.low)
+    codes[0] = np.resize([w.high] * 17 + [w.low], codes[0].shape)  # 4 bits: 17 of 18 fill the byte
+    nodes = (*graph.nodes[:3], Node("mul", "m", ("c",), {"factor": "f"}), Node("output", "y", ("m",)))
+    graph = Graph(nodes, {"w": Tensor(codes, w), "f": Tensor(np.ones(1))})
+    batch = np.full((1, 7, 7, 102), 99.0, np.float32)
+    output, values = run(graph, batch, trace=True)
+    for isa in AVAILABLE:
+        engine = load(graph, isa=isa)
+        assert ("table_conv" in [step["kernel"] for step in engine.plan]) == (isa == "avx512")
+        assert not difference(engine, batch, output, values)
+
+
 @pytest.mark.parametrize("w", [Codes("bipolar", 1), Codes("bipolar", 2), Codes("signed", 2)])
 @pytest.mark.parametrize("to", [Codes("unsigned", 1), Codes("unsigned", 2), Codes("signed", 3), Codes("unsigned", 3)])
 @pytest.mark.parametrize(("channels", "filters"), [(64, 64), (40, 200), (129, 112)])

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <map>
 #include <numeric>
@@ -743,11 +744,42 @@ class Planner {
         s.byte_start[size_t(o)] -= code * source.zero[size_t(channel)];
       }
     }
+    s.together = Together(s, most);
     s.tile_step = std::min<int64_t>(s.blocks, s.planes == 1 ? 2 : 1) * kTableFilters;
     s.tile_pixels = 16;
     const int64_t partial = s.tile_step / kTableFilters * s.planes * s.tile_pixels * 2 * kTableBytes;
     s.partial_step = s.groups_at_once < s.table_groups ? partial : 0;
     s.partial_bytes = std::max(partial, RoundUp(s.blocks, 2) * s.partial_step);
+  }
+
+  // How many lookups one after another fit a byte: for any codes at least s.together; of whole groups more, where no
+  // filter of these weights picks too many channels.
+  static int Together(const PlanStep& s, int most) {
+    const int64_t lookup = s.planes * kTableBytes, groups = s.table_groups;
+    const auto fits = [&](int64_t run) {
+      for (int64_t set = 0; set < s.blocks; ++set) {
+        for (int64_t r = 0; r < s.rows; ++r) {
+          for (int64_t at = 0; at < lookup; ++at) {
+            const uint8_t* const w = s.table_weights.data() + set * s.w_block + r * (s.w_block / s.rows) + at;
+            const auto picked = [&](int64_t group) {
+              int n = 0;
+              for (int64_t t = 0; t < s.table_taps; ++t) n += std::popcount(w[(group * s.table_taps + t) * lookup]);
+              return n;
+            };
+            int sum = 0;
+            for (int64_t g = 0; g < groups; ++g) {
+              sum += picked(g);
+              if (g >= run) sum -= picked(g - run);
+              if (sum * most > 255) return false;
+            }
+          }
+        }
+      }
+      return true;
+    };
+    int64_t run = 0;
+    while (run < groups && fits(run + 1)) ++run;
+    return std::max(int(run) * s.table_taps, s.together);
   }
 
   static int64_t PatchStep(const PlanStep& s) { return s.depth * (s.integer ? 2 : 1); }

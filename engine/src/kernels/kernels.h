@@ -110,7 +110,7 @@ struct TableConv {
   int first_group, groups;
   bool begins, ends;     // they are the first ones, the last ones
   void* partial;         // 128 bytes for each pixel and set or plane
-  int together;          // sums of so many lookups, 2 or more, fit a byte; all of them fit 16 bits
+  int together;          // sums of so many lookups fit a byte: 2, or those of some groups; all of them fit 16 bits
   ptrdiff_t pixel_step;  // bytes
   int pixels;            // at most 16
   const uint8_t* w;      // [row][group][tap][plane][64]
