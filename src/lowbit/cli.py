@@ -170,7 +170,10 @@ def train(
         int | None, typer.Option(help="Processes, one for each GPU: the same as --set train.devices=N.", min=1)
     ] = None,
 ) -> None:
-    """Train a network as a recipe says, into a run directory."""
+    """Train a network as a recipe says, into a run directory.
+
+    Pictures of super-resolution that can't be used are passed over and named, and the exit status is 1, though the run is whole.
+    """
     from lowbit.train.distributed import launch, main_process
     from lowbit.train.recipe import RecipeError, load_recipe
     from lowbit.train.table import load_cell
@@ -216,6 +219,9 @@ def train(
     table.add_row("run directory", str(place))
     out.print(table)
     out.print(f"next: [bold]lowbit export {escape(str(place))}[/]", soft_wrap=True)
+    if result.run["task"] == "superres" and result.run["broken_images"]:
+        _warn_of_broken(result.run["broken_images"])
+        raise typer.Exit(1)
 
 
 class _Lines(logging.Handler):
@@ -340,13 +346,13 @@ def _print_pictures(
     if "written" in found:
         out.print(f"wrote [bold]{escape(found['written'])}[/]", soft_wrap=True)
     if found["broken"]:
-        count = len(found["broken"])
-        _warn(
-            [
-                f"{count} picture{'s'[: count > 1]} can't be used and {'were' if count > 1 else 'was'} passed over: "
-                f"{', '.join(found['broken'])}"
-            ]
-        )
+        _warn_of_broken(found["broken"])
+
+
+def _warn_of_broken(names: Sequence[str]) -> None:
+    many = len(names) > 1
+    passed_over = f"{'were' if many else 'was'} passed over: {', '.join(names)}"
+    _warn([f"{len(names)} picture{'s'[:many]} can't be used and {passed_over}"])
 
 
 @app.command(epilog="Example: lowbit export runs/demo -o shoes.lowbit")
