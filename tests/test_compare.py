@@ -552,7 +552,7 @@ def test_a_run_that_passed_over_pictures_is_whole(tmp_path: Path, places: Places
 
     class PassedOver(MadeUp):
         def make(self, job: Job, recipe: Any, status: int) -> None:
-            super().make(job, recipe, 0)
+            super().make(job, recipe, status - 1)
             task = "superres" if recipe.train.lr == 0.1 else "classify"  # fast, slow
             run = read_run(job.run_dir) | {"task": task, "broken_images": ["cut.png"]}
             write_json(job.run_dir / "run.json", run)

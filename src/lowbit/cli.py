@@ -541,10 +541,11 @@ def upscale(
 ) -> None:
     """Enlarge pictures of any size with a super-resolution network.
 
-    Depth, transparency and colour profile are kept, EXIF's orientation is applied. The same command goes on with a folder where it was
-    interrupted. A picture of a folder that can't be read is named and left out; the exit status is then 1.
+    Depth, transparency, colour profile and EXIF data are kept, as far as these stay true; EXIF's orientation is applied. The same
+    command goes on with a folder where it was interrupted; another network's pictures are refused. A picture of a folder that can't be
+    read is named and left out; the exit status is then 1.
     """
-    from lowbit.upscale import Upscaler, jobs
+    from lowbit.upscale import Upscaler, check_there, jobs
 
     if twin is not None and compare is None:
         raise typer.BadParameter("--float FILE is shown on a page: add --compare PAGE")
@@ -559,8 +560,11 @@ def upscale(
     if not to_do and not source.is_dir() and compare is None:
         raise typer.BadParameter(f"{work[0].target} is there already; overwrite it with --force")
     if len(to_do) < len(work):
+        unknown = check_there(larger, [job for job in work if job.done])
+        foreign = f" ({unknown} of them say not by which network)" if unknown else ""
         err.print(
-            f"{len(work) - len(to_do)} of {len(work)} are there already; --force makes them again", highlight=False
+            f"{len(work) - len(to_do)} of {len(work)} are there already{foreign}; --force makes them again",
+            highlight=False,
         )
     try:
         failed = _upscale_all(larger, to_do, alone=not source.is_dir())

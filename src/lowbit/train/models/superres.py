@@ -160,9 +160,7 @@ class VDSR(nn.Module):
         self.stem = nn.Conv2d(1, width, 3, padding=1)
         self.act = _activation(act, width)
         self.stream = Residual() if skip else nn.Identity()
-        self.blocks = nn.Sequential(
-            *[_PlainLayer(width, act, skip, scaled, shifted, gain) for _ in range(depth - 2)]
-        )
+        self.blocks = nn.Sequential(*[_PlainLayer(width, act, skip, scaled, shifted, gain) for _ in range(depth - 2)])
         self.tail = nn.Conv2d(width, 1, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # He et al., as published
@@ -210,9 +208,7 @@ def vdsr(
         zero_tail: the last layer starts at zero, and so the output as bicubic; None for where there are skips, whose sum
             is large. As published (False) it starts like the others.
     """
-    return VDSR(
-        upscale, width, depth, act, skip, scaled, shifted, gain, gray, skip if zero_tail is None else zero_tail
-    )
+    return VDSR(upscale, width, depth, act, skip, scaled, shifted, gain, gray, skip if zero_tail is None else zero_tail)
 
 
 class LinearSR(nn.Module):
