@@ -118,5 +118,5 @@ def _rescale(tags: dict[int, Any], pair: tuple[int, int], turned: bool, scale: i
     """Pixels for an inch or centimetre: as many times more as there are more pixels. Senseless ones are left out."""
     values = [tags.pop(tag, None) for tag in pair]
     for tag, value in zip(pair, reversed(values) if turned else values, strict=True):
-        if isinstance(value, numbers.Real) and math.isfinite(value) and value > 0:
+        if isinstance(value, numbers.Real) and math.isfinite(value) and float(value) > 0:
             tags[tag] = float(value) * scale
