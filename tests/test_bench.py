@@ -457,21 +457,27 @@ def test_super_resolution_beside_the_peers(monkeypatch: pytest.MonkeyPatch) -> N
     from lowbit.bench import superres
 
     monkeypatch.setattr(superres, "PHOTOGRAPH", (40, 70))
-    sizes = {superres.low_resolution: (40, 70), superres.vdsr: (12, 12)}
+    sizes = {superres.low_resolution: (40, 70), superres.vdsr_body: (12, 12)}
     monkeypatch.setattr(superres, "PEER_TILE", 40)
-    build = {"low_resolution": superres.low_resolution, "vdsr": superres.vdsr}
+    build = {"low_resolution": superres.low_resolution, "vdsr_body": superres.vdsr_body}
     for name, function in build.items():
         monkeypatch.setattr(
             superres, name, lambda size, channels, layers, f=function: f(sizes[f], channels=8, layers=1)
         )
     peers, _ = bench.installed(bench.chosen(["ort-fp32", "ort-int8"]))
     rows = superres.bench_superres(peers, bench.Core("scalar"), 1, "scalar", 2)
-    assert [row["network"] for row in rows] == ["VDSR W1A1, 64 channels, 256x256", "a photograph of 2 MP, x2"]
+    assert [row["network"] for row in rows] == [
+        "VDSR's body W1A1, 18 layers of 64 channels, 256x256, float16 stream",
+        "a photograph of 2 MP, x2, Y alone",
+        "a photograph of 2 MP, x2, Y, Cb and Cr, beside Y alone",
+    ]
+    assert [list(row["peers"]) for row in rows] == [["ort-fp32", "ort-int8"], ["ort-fp32"], ["ort-fp32"]]
+    assert [row["goals"] for row in rows] == [{"ort-fp32": 14.0, "ort-int8": 4.4}, *[{"ort-fp32": 8.0}] * 2]
     for row in rows:
-        assert {name: peer["ratio"] > 0 for name, peer in row["peers"].items()} == {"ort-fp32": True, "ort-int8": True}
+        assert all(peer["ratio"] > 0 for peer in row["peers"].values())
         assert row["macs"] > 0
-    assert "2 tiles of 40x38" in rows[1]["peers"]["ort-int8"]["note"]
-    assert rows[1]["goals"] == {"ort-fp32": 8.0}
+    assert rows[1]["ours"] != rows[2]["ours"]
+    assert rows[1]["peers"]["ort-fp32"]["theirs"] == rows[2]["peers"]["ort-fp32"]["theirs"]
     monkeypatch.setattr(superres, "LARGE", (400, 600))
     small = build["low_resolution"](channels=8, layers=1)
     monkeypatch.setattr(superres, "low_resolution", lambda channels, layers: small)

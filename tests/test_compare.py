@@ -547,6 +547,24 @@ def test_a_failed_cell_loses_itself_and_what_starts_from_it(tmp_path: Path, plac
     }
 
 
+def test_a_run_that_passed_over_pictures_is_whole(tmp_path: Path, places: Places) -> None:
+    """Of super-resolution it ends with 1. Any other run that does has failed."""
+
+    class PassedOver(MadeUp):
+        def make(self, job: Job, recipe: Any, status: int) -> None:
+            super().make(job, recipe, status - 1)
+            task = "superres" if recipe.train.lr == 0.1 else "classify"  # fast, slow
+            run = read_run(job.run_dir) | {"task": task, "broken_images": ["cut.png"]}
+            write_json(job.run_dir / "run.json", run)
+
+    table = load(tmp_path, PAIR, seeds=1)
+    _, failures = go(table, places, PassedOver(1, 1))
+    assert [f.error for f in failures] == ["exit status 1"]
+    assert list(results(table, places)) == ["fast seed0"]
+    (result,) = cells.read_results(table.cells(), places).values()
+    assert result["warnings"] == ["1 of the images can't be read and were passed over (data.broken: skip)"]
+
+
 @pytest.mark.parametrize("status", [-9, 137])  # 137: one of a cell's several processes was killed
 def test_a_killed_worker_goes_on_once(status: int, tmp_path: Path, places: Places) -> None:
     table, events = load(tmp_path, PAIR, seeds=1), []

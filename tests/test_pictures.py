@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 import zlib
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from lowbit.bench.superres import low_resolution
 from lowbit.pictures import (
     ImageError,
     Picture,
@@ -23,6 +25,7 @@ from lowbit.pictures import (
     write_picture,
     ycbcr_to_rgb,
 )
+from lowbit.upscale import Upscaler
 
 # Keys' cubic with a = -0.5 at 1/4, 3/4, 5/4 and 7/4, by hand
 NEAR, MIDDLE, FAR, FARTHEST = 0.8671875, 0.2265625, -0.0703125, -0.0234375
@@ -343,3 +346,105 @@ def test_writing_refuses_what_a_file_cannot_hold(tmp_path: Path, name: str, pict
     with pytest.raises(ImageError, match=f"{name}: .*{reason}"):
         write_picture(tmp_path / name, picture)
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ metadata
+
+CAMERA = {
+    0x010F: "Maker",
+    0x0100: 30,
+    0x0112: 6,
+    0x011A: 300.0,
+    0x011B: 150.0,
+    0x0128: 2,
+    0x0132: "2020:01:02 03:04:05",
+}
+SHOT = {
+    0x829A: 0.008,
+    0x9003: "2020:01:02 03:04:05",
+    0x9214: (4, 5),
+    0x927C: b"offsets" * 9,
+    0xA002: 30,
+    0xA003: 20,
+    0xA20E: 1000.5,
+    0xA20F: 2000.25,
+}
+PLACE = {1: "N", 2: (50.0, 30.0, 1.5)}
+
+
+def photograph(path: Path, **tags: object) -> Path:
+    exif = Image.Exif()
+    for tag, value in CAMERA.items():
+        exif[tag] = value
+    exif[0x8769], exif[0x8825] = SHOT, PLACE
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(path, exif=exif, dpi=(72, 144), **tags)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_stays_true_is_kept(tmp_path: Path, suffix: str, wide: bool) -> None:
+    """A picture that is turned and enlarged: date, camera and place as they were, sizes corrected, the rest gone."""
+    given = read_picture(photograph(tmp_path / f"in{suffix}"))
+    assert given.pixels.shape == (30, 20, 3)
+    made = Upscaler(low_resolution(residual=0.0)).picture(given)
+    if wide:
+        made = dataclasses.replace(made, pixels=made.pixels.astype(np.uint16) * 257)
+    write_picture(tmp_path / ("out.png" if wide else f"out{suffix}"), made)
+    with Image.open(tmp_path / ("out.png" if wide else f"out{suffix}")) as opened:
+        opened.load()
+        found = opened.getexif()
+        dpi = opened.info["dpi"]
+    assert opened.size == (40, 60)
+    assert dpi == pytest.approx((288, 144), abs=0.02)
+    kept = {0x010F: "Maker", 0x0132: "2020:01:02 03:04:05", 0x0128: 2, 0x011A: 300.0, 0x011B: 600.0}
+    assert {k: v for k, v in found.items() if k not in (0x8769, 0x8825)} == kept
+    shot = {0x829A: 0.008, 0x9003: "2020:01:02 03:04:05", 0xA002: 40, 0xA003: 60, 0xA20E: 4000.5, 0xA20F: 2001.0}
+    assert found.get_ifd(0x8769) == shot
+    assert found.get_ifd(0x8825) == PLACE
+    assert read_picture(tmp_path / ("out.png" if wide else f"out{suffix}")).pixels.shape == (60, 40, 3), (
+        "not turned again"
+    )
+
+
+def test_a_thumbnail_is_left_out(tmp_path: Path) -> None:
+    """Hand-made EXIF data: IFD0 with a maker, IFD1 with a thumbnail."""
+    thumbnail = b"\xff\xd8small\xff\xd9"
+    first = struct.pack("<HHHI4sI", 1, 0x010F, 2, 4, b"abc\0", 26)
+    second = struct.pack("<HHHIIHHIII", 2, 0x0201, 4, 1, 56, 0x0202, 4, 1, len(thumbnail), 0)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + first + second + thumbnail
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    assert thumbnail in (tmp_path / "a.jpg").read_bytes()
+    found = read_picture(tmp_path / "a.jpg")
+    assert found.exif is not None
+    assert b"abc\0" in found.exif
+    assert thumbnail not in found.exif
+
+
+@pytest.mark.filterwarnings("error")
+def test_damaged_metadata_leaves_the_picture(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    whole = photograph(tmp_path / "a.jpg").read_bytes()
+    start = whole.index(b"Exif\0\0") + 6
+    for _ in range(60):
+        data = bytearray(whole)
+        for at in rng.integers(start, start + 200, 4):
+            data[at] = rng.integers(256)
+        (tmp_path / "b.jpg").write_bytes(data)
+        found = read_picture(tmp_path / "b.jpg")
+        assert sorted(found.pixels.shape) == [3, 20, 30]
+        write_picture(tmp_path / "c.png", found)
+        write_picture(tmp_path / "c.jpg", Upscaler(low_resolution(residual=0.0)).picture(found))
+
+
+def test_metadata_that_a_jpeg_cannot_hold(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "long " * 20_000
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", exif=exif)
+    found = read_picture(tmp_path / "a.png")
+    write_picture(tmp_path / "b.png", found)
+    assert read_picture(tmp_path / "b.png").exif == found.exif
+    with pytest.raises(
+        ImageError, match=r"b\.jpg: its EXIF data is too long for a JPEG; give a name that ends in \.png"
+    ):
+        write_picture(tmp_path / "b.jpg", found)

@@ -513,6 +513,21 @@ def test_evaluate_names_broken_pictures(whole: Any, tmp_path: Path) -> None:
     assert "2 pictures can't be used and were passed over: cut.png, low.png" in " ".join(found.output.split())
 
 
+def test_training_names_broken_pictures_at_its_end(folder: Path, tmp_path: Path) -> None:
+    write(tmp_path / "mine", ["a.png", "b.png", "c.png", "d.png"])
+    (tmp_path / "mine" / "cut.png").write_bytes((folder / "train" / "a.png").read_bytes()[:900])
+    (tmp_path / "tiny.yaml").write_text(recipe(tmp_path / "mine", train__epochs=1).to_yaml())
+    arguments = ["train", str(tmp_path / "tiny.yaml"), "--run-dir", str(tmp_path / "run")]
+    found = CliRunner().invoke(cli.app, arguments)
+    assert found.exit_code == 1
+    assert "1 picture can't be used and was passed over: cut.png" in " ".join(found.output.split())
+    run = read_run(tmp_path / "run")
+    assert (run["status"], run["broken_images"]) == ("finished", ["cut.png"])
+    (tmp_path / "mine" / "cut.png").unlink()
+    found = CliRunner().invoke(cli.app, [*arguments, "--overwrite"])
+    assert found.exit_code == 0, found.output
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from PIL import Image
 import lowbit
 from lowbit import sidebyside, upscale
 from lowbit.bench import superres
-from lowbit.pictures import Picture, imresize, read_picture, to_float, write_picture
+from lowbit.pictures import Picture, imresize, read_picture, read_texts, to_float, write_picture
 from lowbit.upscale import Job, Upscaler
 from networks import classifier
 from test_cli import Call, call, image  # noqa: F401
@@ -77,6 +78,33 @@ def test_a_folder_and_going_on_with_it(call: Call, x2: Path, folder: Path, tmp_p
     assert (tmp_path / "new/out/a.png").read_text() == "kept"
     assert call("upscale", x2, folder, tmp_path / "new/out", "--force")[0] == 0
     assert {p: p.read_bytes() for p in (tmp_path / "new/out").iterdir()} == first
+
+
+def test_a_folder_is_of_one_network(call: Call, x2: Path, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    other = tmp_path / "other.lowbit"
+    lowbit.save(superres.low_resolution(residual=0.03), other)
+    out = tmp_path / "out"
+    assert call("upscale", x2, folder, out)[0] == 0
+    assert read_texts(out / "a.png") == {"lowbit network": hashlib.sha256(x2.read_bytes()).hexdigest()}
+    first = {p: p.read_bytes() for p in out.iterdir()}
+    (out / "c.png").unlink()
+    status, _, err = call("upscale", other, folder, out)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "out/a.png: and 1 more were made by another network; give OUT another name, or make all again with" in err
+    assert not (out / "c.png").exists()
+    assert call("upscale", other, folder, out, "--force")[0] == 0
+    second = {p: p.read_bytes() for p in out.iterdir()}
+    assert not set(second.values()) & set(first.values())
+    (out / "b.png").write_bytes(first[out / "b.png"])  # as an interrupted --force leaves it
+    assert "out/b.png: was made by another network" in call("upscale", other, folder, out)[2]
+    x2.rename(tmp_path / "renamed.lowbit")
+    status, _, err = call("upscale", tmp_path / "renamed.lowbit", folder / "b.jpg", out, "--compare", out / "p.html")
+    assert (status, err) == (0, "1 of 1 are there already; --force makes them again\n")
+    assert call("upscale", other, folder / "b.jpg", out, "--compare", out / "p.html")[0] == 2
+    write_picture(out / "b.png", read_picture(out / "b.png"))  # any other program would leave the text out, too
+    status, _, err = call("upscale", other, folder, out)
+    assert status == 0
+    assert "3 of 3 are there already (1 of them say not by which network)" in err
 
 
 def test_a_kill_leaves_no_half_picture(x2: Path, folder: Path, tmp_path: Path) -> None:

@@ -170,7 +170,10 @@ def train(
         int | None, typer.Option(help="Processes, one for each GPU: the same as --set train.devices=N.", min=1)
     ] = None,
 ) -> None:
-    """Train a network as a recipe says, into a run directory."""
+    """Train a network as a recipe says, into a run directory.
+
+    Pictures of super-resolution that can't be used are passed over and named, and the exit status is 1, though the run is whole.
+    """
     from lowbit.train.distributed import launch, main_process
     from lowbit.train.recipe import RecipeError, load_recipe
     from lowbit.train.table import load_cell
@@ -216,6 +219,9 @@ def train(
     table.add_row("run directory", str(place))
     out.print(table)
     out.print(f"next: [bold]lowbit export {escape(str(place))}[/]", soft_wrap=True)
+    if result.run["task"] == "superres" and result.run["broken_images"]:
+        _warn_of_broken(result.run["broken_images"])
+        raise typer.Exit(1)
 
 
 class _Lines(logging.Handler):
@@ -340,13 +346,13 @@ def _print_pictures(
     if "written" in found:
         out.print(f"wrote [bold]{escape(found['written'])}[/]", soft_wrap=True)
     if found["broken"]:
-        count = len(found["broken"])
-        _warn(
-            [
-                f"{count} picture{'s'[: count > 1]} can't be used and {'were' if count > 1 else 'was'} passed over: "
-                f"{', '.join(found['broken'])}"
-            ]
-        )
+        _warn_of_broken(found["broken"])
+
+
+def _warn_of_broken(names: Sequence[str]) -> None:
+    many = len(names) > 1
+    passed_over = f"{'were' if many else 'was'} passed over: {', '.join(names)}"
+    _warn([f"{len(names)} picture{'s'[:many]} can't be used and {passed_over}"])
 
 
 @app.command(epilog="Example: lowbit export runs/demo -o shoes.lowbit")
@@ -535,10 +541,11 @@ def upscale(
 ) -> None:
     """Enlarge pictures of any size with a super-resolution network.
 
-    Depth, transparency and colour profile are kept, EXIF's orientation is applied. The same command goes on with a folder where it was
-    interrupted. A picture of a folder that can't be read is named and left out; the exit status is then 1.
+    Depth, transparency, colour profile and EXIF data are kept, as far as these stay true; EXIF's orientation is applied. The same
+    command goes on with a folder where it was interrupted; another network's pictures are refused. A picture of a folder that can't be
+    read is named and left out; the exit status is then 1.
     """
-    from lowbit.upscale import Upscaler, jobs
+    from lowbit.upscale import Upscaler, check_there, jobs
 
     if twin is not None and compare is None:
         raise typer.BadParameter("--float FILE is shown on a page: add --compare PAGE")
@@ -553,8 +560,11 @@ def upscale(
     if not to_do and not source.is_dir() and compare is None:
         raise typer.BadParameter(f"{work[0].target} is there already; overwrite it with --force")
     if len(to_do) < len(work):
+        unknown = check_there(larger, [job for job in work if job.done])
+        foreign = f" ({unknown} of them say not by which network)" if unknown else ""
         err.print(
-            f"{len(work) - len(to_do)} of {len(work)} are there already; --force makes them again", highlight=False
+            f"{len(work) - len(to_do)} of {len(work)} are there already{foreign}; --force makes them again",
+            highlight=False,
         )
     try:
         failed = _upscale_all(larger, to_do, alone=not source.is_dir())

@@ -11,16 +11,19 @@ import math
 import os
 import struct
 import threading
+import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbit import exif
 from lowbit.predict import ImageError, decoding, orientation
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ __all__ = [
     "luma",
     "read_header",
     "read_picture",
+    "read_texts",
     "rgb_to_ycbcr",
     "to_float",
     "write_picture",
@@ -158,11 +162,15 @@ class Picture:
         pixels: uint8 or uint16, (H, W, 3) for RGB or (H, W, 1) for gray.
         alpha: (H, W) of the same dtype, its largest value opaque; None without transparency.
         icc: the colour profile.
+        exif: what the camera wrote, as far as it is true of these pixels (`lowbit.exif`).
+        dpi: pixels for an inch, across and down, where the file says so itself; EXIF has its own.
     """
 
     pixels: NDArray[Any]
     alpha: NDArray[Any] | None = None
     icc: bytes | None = None
+    exif: bytes | None = None
+    dpi: tuple[float, float] | None = None
 
     @property
     def height(self) -> int:
@@ -253,9 +261,9 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def read_picture(path: str | os.PathLike[str]) -> Picture:
-    """A picture at full depth, turned as its EXIF data says.
+    """A picture at full depth, turned as its EXIF data says, which stays as far as it is true of the turned picture.
 
-    1-bit pixels become 0 and 255, palettes RGB, a transparent colour an alpha channel.
+    1-bit pixels become 0 and 255, palettes RGB, a transparent colour an alpha channel. XMP, IPTC and PNG's texts are not read.
 
     Args:
         path: PNG (1 to 16 bits a channel), JPEG, or what else Pillow reads with 8 bits.
@@ -272,11 +280,25 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
                 planes = _wide_planes(path, opened)
             else:
                 planes = _planes(opened, header)
-            turn = orientation(opened)
-        upright = _turned(planes, turn)
+            with warnings.catch_warnings(action="ignore"):  # of damaged metadata, which are left out
+                turn = orientation(opened)
+                upright = _turned(planes, turn)
+                height, width = upright.shape[:2]
+                said = exif.corrected(exif.read(opened), width, height, turned=turn >= 5)
+            dpi = _dpi(opened)
         pixels = np.ascontiguousarray(upright[..., : header.channels])
         alpha = np.ascontiguousarray(upright[..., header.channels]) if header.alpha else None
-        return Picture(pixels, alpha, icc if isinstance(icc, bytes) else None)
+        return Picture(
+            pixels, alpha, icc if isinstance(icc, bytes) else None, said, dpi[::-1] if dpi and turn >= 5 else dpi
+        )
+
+
+def _dpi(opened: Image.Image) -> tuple[float, float] | None:
+    """Of a PNG's pHYs or a JPEG's JFIF header, where they have a unit; Pillow makes up others."""
+    if opened.format != "PNG" and opened.info.get("jfif_unit") not in (1, 2):
+        return None
+    across, down = opened.info.get("dpi", (0, 0))
+    return (float(across), float(down)) if across > 0 and down > 0 else None
 
 
 def _planes(opened: Image.Image, header: Header) -> NDArray[Any]:
@@ -354,6 +376,7 @@ WRITES: Final = (".png", ".jpg", ".jpeg")
 
 
 _JPEG_SIDE: Final = 65500
+_JPEG_EXIF: Final = 65533
 
 
 def check_suffix(path: str | os.PathLike[str], alpha: bool = False, bits: int = 8, side: int = 1) -> None:
@@ -373,25 +396,54 @@ def check_suffix(path: str | os.PathLike[str], alpha: bool = False, bits: int = 
         raise ImageError(f"{os.fspath(path)}: JPEG ends at {_JPEG_SIDE:,} pixels a side; give a name that ends in .png")
 
 
-def write_picture(path: str | os.PathLike[str], picture: Picture) -> None:
+def write_picture(
+    path: str | os.PathLike[str], picture: Picture, texts: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write a PNG (8 or 16 bits, lossless) or a JPEG (quality 95, colours at full size). The file appears whole or not at all.
 
+    Args:
+        path: its suffix says which.
+        picture: what is written, all of it.
+        texts: keyword -> text, Latin-1, into a PNG in front of its pixels (see `read_texts`); a JPEG has none.
+
     Raises:
-        ImageError: see `check_suffix`.
+        ImageError: see `check_suffix`; or EXIF data that is too long for a JPEG.
         OSError: it can't be written.
     """
+    from PIL.PngImagePlugin import PngInfo
+
     from lowbit.files import write_atomic
 
     bits = picture.pixels.dtype.itemsize * 8
     check_suffix(path, picture.alpha is not None, bits, max(picture.width, picture.height))
     stream = io.BytesIO()
+    beside: dict[str, Any] = {"icc_profile": picture.icc}
+    beside |= {key: value for key, value in (("exif", picture.exif), ("dpi", picture.dpi)) if value is not None}
     if bits == 16:
-        _encode_wide_png(picture, stream)
+        _encode_wide_png(picture, stream, texts)
     elif Path(path).suffix.lower() == ".png":
-        _image(picture).save(stream, "PNG", icc_profile=picture.icc)
+        info = PngInfo()
+        for keyword, text in texts.items():
+            info.add_text(keyword, text)
+        _image(picture).save(stream, "PNG", pnginfo=info, **beside)
     else:
-        _image(picture).save(stream, "JPEG", quality=95, subsampling=0, icc_profile=picture.icc)
+        if picture.exif is not None and len(picture.exif) > _JPEG_EXIF:
+            raise ImageError(f"{os.fspath(path)}: its EXIF data is too long for a JPEG; give a name that ends in .png")
+        _image(picture).save(stream, "JPEG", quality=95, subsampling=0, **beside)
     write_atomic(path, stream.getbuffer())
+
+
+def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The texts of a PNG, keyword -> text, as far as they stand in front of its pixels; none of anything else."""
+    try:
+        with _opened(path) as opened:
+            return (
+                {str(key): str(text) for key, text in getattr(opened, "text", {}).items()}
+                if opened.format == "PNG"
+                else {}
+            )
+    except (OSError, SyntaxError, ValueError):  # not a picture, or a damaged one
+        return {}
 
 
 def _image(picture: Picture) -> Image.Image:
@@ -407,7 +459,7 @@ _BAND: Final = 64
 """Rows that are encoded at once."""
 
 
-def _encode_wide_png(picture: Picture, stream: IO[bytes]) -> None:
+def _encode_wide_png(picture: Picture, stream: IO[bytes], texts: Mapping[str, str]) -> None:
     """A 16-bit PNG (ISO/IEC 15948), which Pillow writes for gray only: rows filtered by "up", in bands."""
     colour = (0 if picture.gray else 2) + (4 if picture.alpha is not None else 0)
 
@@ -418,6 +470,12 @@ def _encode_wide_png(picture: Picture, stream: IO[bytes]) -> None:
     chunk(b"IHDR", struct.pack(">IIBBBBB", picture.width, picture.height, 16, colour, 0, 0, 0))
     if picture.icc is not None:
         chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.icc))
+    if picture.dpi is not None:
+        chunk(b"pHYs", struct.pack(">IIB", *(int(v / 0.0254 + 0.5) for v in picture.dpi), 1))  # a metre
+    if picture.exif is not None:
+        chunk(b"eXIf", picture.exif.removeprefix(b"Exif\0\0"))
+    for keyword, text in texts.items():
+        chunk(b"tEXt", keyword.encode("latin-1") + b"\0" + text.encode("latin-1"))
     packer = zlib.compressobj(6, strategy=zlib.Z_FILTERED)
     above: NDArray[np.uint8] | None = None
     for y in range(0, picture.height, _BAND):
@@ -435,8 +493,3 @@ def _encode_wide_png(picture: Picture, stream: IO[bytes]) -> None:
             chunk(b"IDAT", packed)
     chunk(b"IDAT", packer.flush())
     chunk(b"IEND", b"")
-
-
-def with_pixels(picture: Picture, pixels: NDArray[Any], alpha: NDArray[Any] | None) -> Picture:
-    """The same kind of picture with other pixels."""
-    return replace(picture, pixels=pixels, alpha=alpha)

@@ -10,20 +10,23 @@ The network enlarges Y of ITU-R BT.601; Cb, Cr and transparency are enlarged bic
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbit.exif import corrected, parse
 from lowbit.graph import MAX_SIDE, Graph, Node
-from lowbit.packfile import read
+from lowbit.packfile import dumps, read
 from lowbit.pictures import (
     Floats,
     Header,
@@ -33,6 +36,7 @@ from lowbit.pictures import (
     luma,
     read_header,
     read_picture,
+    read_texts,
     rgb_to_ycbcr,
     to_float,
     write_picture,
@@ -42,7 +46,7 @@ from lowbit.predict import find_images
 from lowbit.runtime import Engine
 from lowbit.tiles import Reach, TileError, grid, reach
 
-__all__ = ["Job", "UpscaleError", "Upscaler", "available_memory", "jobs", "upscale_file"]
+__all__ = ["Job", "UpscaleError", "Upscaler", "available_memory", "check_there", "jobs", "upscale_file"]
 
 _ENGINES: Final = 4
 """Sizes that are kept ready."""
@@ -111,6 +115,11 @@ class Upscaler:
         """What the file says about itself."""
         return self._graph.meta
 
+    @cached_property
+    def network(self) -> str:
+        """SHA-256 of the file: what tells this network from others."""
+        return hashlib.sha256(dumps(self._graph)).hexdigest()
+
     @property
     def isa(self) -> str:
         """The row of kernels in use."""
@@ -171,7 +180,7 @@ class Upscaler:
 
     def picture(self, picture: Picture, progress: Progress | None = None) -> Picture:
         """A picture enlarged: Y by the network, Cb, Cr and transparency bicubically; gray stays gray, 16 bits stay 16 bits, the
-        colour profile is kept.
+        colour profile is kept, and EXIF data as far as it stays true. The picture is as large in inches: it has more pixels in each.
 
         Args:
             picture: 8 or 16 bits, gray or RGB.
@@ -195,7 +204,9 @@ class Upscaler:
                 self._colour(picture, pixels, a, b, y[s * (a - first) : s * (b - first)])
                 if alpha is not None and picture.alpha is not None:
                     alpha[s * a : s * b] = from_float(self._enlarged(to_float, picture.alpha, a, b), dtype)
-        return Picture(pixels, alpha, picture.icc)
+        said = None if picture.exif is None else corrected(parse(picture.exif), width * s, height * s, scale=s)
+        dpi = None if picture.dpi is None else (picture.dpi[0] * s, picture.dpi[1] * s)
+        return Picture(pixels, alpha, picture.icc, said, dpi)
 
     def _colour(self, picture: Picture, out: NDArray[Any], first: int, last: int, y: Floats) -> None:
         """Fill in the rows of `out` that input rows `first` to `last` become, whose Y is known."""
@@ -404,8 +415,31 @@ def jobs(source: Path, target: Path) -> list[Job]:
     return found
 
 
+NETWORK: Final = "lowbit network"
+"""Keyword of the text in every PNG that says which network made it."""
+
+
+def check_there(larger: Upscaler, there: Sequence[Job]) -> int:
+    """Refuse to go on with pictures that another network has made: a folder would hold both, and nothing would tell them apart.
+
+    Returns:
+        How many of them were not made by `lowbit upscale`, or are JPEGs, which don't say.
+
+    Raises:
+        UpscaleError: another network has made some.
+    """
+    made_by = {job.target: read_texts(job.target).get(NETWORK) for job in there}
+    others = [path for path, network in made_by.items() if network not in (None, larger.network)]
+    if others:
+        raise UpscaleError(
+            f"{others[0]}: {'was' if len(others) == 1 else f'and {len(others) - 1} more were'} made by another network; give OUT "
+            "another name, or make all again with --force"
+        )
+    return sum(network is None for network in made_by.values())
+
+
 def upscale_file(larger: Upscaler, job: Job, progress: Progress | None = None) -> Picture:
-    """Read, enlarge and write one picture; returns what was written.
+    """Read, enlarge and write one picture; returns what was written. A PNG says which network made it (`NETWORK`).
 
     Raises:
         ImageError: a picture that can't be read, or not written as its name says.
@@ -416,5 +450,5 @@ def upscale_file(larger: Upscaler, job: Job, progress: Progress | None = None) -
     check_suffix(job.target, header.alpha, header.bits, max(header.width, header.height) * larger.scale)
     larger.refuse_too_large(header, str(job.source))
     made = larger.picture(read_picture(job.source), progress)
-    write_picture(job.target, made)
+    write_picture(job.target, made, {NETWORK: larger.network})
     return made

@@ -15,7 +15,7 @@ from lowbit.bench.layers import LAYERS, LOW_BIT, bench_layers, example
 from lowbit.bench.measure import Core, alternate, pinned
 from lowbit.bench.peers import Peer, chosen, installed
 from lowbit.bench.startup import GOALS, bench_startup
-from lowbit.bench.superres import MEMORY_GOAL, bench_memory, bench_superres
+from lowbit.bench.superres import BODY_PEERS, MEMORY_GOAL, PHOTOGRAPH_PEERS, bench_memory, bench_superres
 from lowbit.machine import machine, versions
 from lowbit.runtime import load
 
@@ -180,6 +180,11 @@ def _networks(run: _Run) -> list[dict[str, Any]]:
 
 
 def _superres(run: _Run) -> list[dict[str, Any]]:
+    others = [peer.name for peer in run.peers if peer.name not in (*BODY_PEERS, *PHOTOGRAPH_PEERS)]
+    if others:
+        run.console.print(
+            f"super-resolution: not beside {', '.join(others)}; the photograph beside {PHOTOGRAPH_PEERS[0]}"
+        )
     with run.console.status("super-resolution"):
         rows = bench_superres(run.peers, run.core, run.threads, run.isa, run.repeats)
         rows[-1]["memory"] = memory = bench_memory(run.threads)

@@ -28,6 +28,8 @@ SHARED: Final = 0.8
 
 _SLOT: Final = 0.0005  # seconds one sample lasts at least: well below a scheduler's time slice
 
+_LONG: Final = 0.1  # seconds of a call beside which cold caches, of one call before another, count for nothing
+
 Sample = Callable[[], float]
 """Takes one sample: seconds of one call."""
 
@@ -86,20 +88,21 @@ class Comparison:
 
 
 def timed(run: Callable[[], object]) -> Sample:
-    """Samples of `run`: the median of as many calls as fill half a millisecond, after one that is not counted."""
-    run()
-    start = time.perf_counter()
-    run()
-    calls = max(1, round(_SLOT / max(time.perf_counter() - start, 1e-7)))
+    """Samples of `run`: the median of as many calls as fill half a millisecond, after one that is not counted; one call where that
+    takes long."""
+
+    def taken() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    short = taken() < _LONG
+    calls = max(1, round(_SLOT / max(taken(), 1e-7))) if short else 1
 
     def sample() -> float:
-        run()
-        seconds = []
-        for _ in range(calls):
-            start = time.perf_counter()
+        if short:
             run()
-            seconds.append(time.perf_counter() - start)
-        return float(np.median(seconds))
+        return float(np.median([taken() for _ in range(calls)]))
 
     return sample
 

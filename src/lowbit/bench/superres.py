@@ -6,15 +6,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from lowbit.bench.file import bench_network, twin_input
-from lowbit.bench.layers import beside, noise
-from lowbit.bench.measure import Core, in_turn, pinned, timed
+from lowbit.bench.layers import compared, noise
+from lowbit.bench.measure import Core, Timing, in_turn, pinned, timed
 from lowbit.bench.peers import Peer, Session, open_all
 from lowbit.bits import Codes
 from lowbit.graph import Graph, Node, Tensor
@@ -27,6 +28,12 @@ from lowbit.upscale import Upscaler
 
 PHOTOGRAPH: Final = (1024, 2048)
 """Height and width: 2 megapixels."""
+
+BODY: Final = (256, 256)
+"""Height and width of the map that VDSR's body runs on."""
+
+BODY_PEERS: Final = ("ort-fp32", "ort-int8", "openvino-fp32")
+PHOTOGRAPH_PEERS: Final = ("ort-fp32",)
 
 LARGE: Final = (4000, 6000)
 """Height and width: 24 megapixels."""
@@ -43,9 +50,9 @@ META = {"task": "superres", "superres": {"scale": 2}}
 class Layers:
     """Nodes, one behind the other."""
 
-    def __init__(self, size: tuple[int, int], seed: int) -> None:
+    def __init__(self, size: tuple[int, int], seed: int, channels: int = 1) -> None:
         self.rng = np.random.default_rng(seed)
-        self.nodes = [Node("input", "y", attrs={"shape": (*size, 1), "dtype": "float32"})]
+        self.nodes = [Node("input", "y", attrs={"shape": (*size, channels), "dtype": "float32"})]
         self.tensors: dict[str, Tensor] = {}
 
     @property
@@ -121,6 +128,27 @@ def low_resolution(
     return n.graph(scale)
 
 
+def _vdsr_layers(n: Layers, channels: int, layers: int, bits: int, half: bool) -> None:
+    x = n.add("cast", dtype="float16") if half else n.last
+    for _ in range(layers):
+        n.add("add", x, constant=n.floats(channels, scale=0.1, around=-0.2))
+        n.add("quantize", kind="bipolar", bits=1)
+        n.conv(channels, channels, bits=bits)
+        n.add("mul", constant=n.floats(channels, scale=0.3 / (9 * channels) ** 0.5))
+        n.add("add", constant=n.floats(channels, scale=0.05))
+        n.add("relu")
+        x = n.add("add", n.last, x)
+        if half:
+            x = n.add("cast", dtype="float16")
+
+
+def vdsr_body(size: tuple[int, int] = (12, 12), channels: int = 16, layers: int = 3, seed: int = 0) -> Graph:
+    """What lies between the first and last layer of `vdsr`: float32 (H, W, channels) in, the float16 stream out."""
+    n = Layers(size, seed, channels)
+    _vdsr_layers(n, channels, layers, 1, True)
+    return n.graph(1)
+
+
 def vdsr(
     size: tuple[int, int] = (12, 12),
     scale: int = 2,
@@ -135,19 +163,8 @@ def vdsr(
     n = Layers(size, seed)
     enlarged = n.add("resize_bicubic", factor=scale)
     n.conv(channels, 1)
-    x = n.add("relu")
-    if half:
-        x = n.add("cast", dtype="float16")
-    for _ in range(layers):
-        n.add("add", x, constant=n.floats(channels, scale=0.1, around=-0.2))
-        n.add("quantize", kind="bipolar", bits=1)
-        n.conv(channels, channels, bits=bits)
-        n.add("mul", constant=n.floats(channels, scale=0.3 / (9 * channels) ** 0.5))
-        n.add("add", constant=n.floats(channels, scale=0.05))
-        n.add("relu")
-        x = n.add("add", n.last, x)
-        if half:
-            x = n.add("cast", dtype="float16")
+    n.add("relu")
+    _vdsr_layers(n, channels, layers, bits, half)
     n.conv(1, channels)
     n.add("mul", constant=Tensor(np.full(1, residual, np.float32)))
     n.add("add", n.last, enlarged)
@@ -157,26 +174,35 @@ def vdsr(
 def bench_superres(
     peers: Sequence[Peer], core: Core, threads: int, isa: str | None, repeats: int
 ) -> list[dict[str, Any]]:
-    """Whole networks beside the peers: VDSR with 64 channels and 18 binary layers on a map of 256x256, and a photograph of 2
-    megapixels enlarged by 2 with the default network (32 channels, 12 binary layers), Y only, from array to array.
+    """The body of VDSR, 18 binary layers of 64 channels with a float16 stream, on a map of 256x256; and a photograph of 2 megapixels
+    enlarged by 2 with the default network (32 channels, 12 binary layers), from array to array: Y alone, and all of it.
 
-    A peer enlarges the photograph whole or in tiles that overlap as ours do, whichever is faster; that its tiles would have to
-    be put together is left out.
+    A peer enlarges the photograph's Y whole or in tiles that overlap as ours do, whichever is faster; that its tiles would have to
+    be put together is left out, and so are colours.
+
+    Args:
+        peers: of which those of `BODY_PEERS` and `PHOTOGRAPH_PEERS` run: the others would take minutes.
 
     Returns:
         Plain JSON, rows as those of networks.
     """
     rows = []
     with pinned(threads):
-        graph = vdsr((128, 128), channels=64, layers=18)
+        graph = vdsr_body(BODY, channels=64, layers=18)
         engine = load(graph, threads=threads, isa=isa)
-        row = bench_network(graph, engine, peers, core, 1, max(2, min(repeats, 12)))  # a third of a second each
-        rows.append(_row("VDSR W1A1, 64 channels, 256x256", graph, engine.plan, engine.isa, threads, row, {}))
+        chosen = [peer for peer in peers if peer.name in BODY_PEERS]
+        row = bench_network(graph, engine, chosen, core, 1, max(2, min(repeats, 10)))  # up to half a second each
+        name = "VDSR's body W1A1, 18 layers of 64 channels, 256x256, float16 stream"
+        rows.append(_row(name, graph, engine.plan, engine.isa, threads, row, {"ort-fp32": 14.0, "ort-int8": 4.4}))
         graph = low_resolution(PHOTOGRAPH, channels=32, layers=12)
         larger = Upscaler(graph, threads=threads, isa=isa)
-        row = _photograph(graph, larger, peers, core, threads, max(2, min(repeats, 6)))
+        chosen = [peer for peer in peers if peer.name in PHOTOGRAPH_PEERS]
         plan = load(graph.resized(64, 64), isa=isa).plan
-        rows.append(_row("a photograph of 2 MP, x2", graph, plan, larger.isa, threads, row, {"ort-fp32": 8.0}))
+        what = ("Y alone", "Y, Cb and Cr, beside Y alone")
+        found = _photograph(graph, larger, chosen, core, threads, max(2, min(repeats, 5)))
+        for kind, row in zip(what, found, strict=True):
+            title = f"a photograph of 2 MP, x2, {kind}"
+            rows.append(_row(title, graph, plan, larger.isa, threads, row, {"ort-fp32": 8.0}))
     return rows
 
 
@@ -208,12 +234,12 @@ def bench_memory(threads: int) -> dict[str, Any]:
 
 def _photograph(
     graph: Graph, larger: Upscaler, peers: Sequence[Peer], core: Core, threads: int, repeats: int
-) -> dict[str, Any]:
-    y = np.random.default_rng(0).random(PHOTOGRAPH, np.float32)
-    whole = [
-        peer for peer in peers if "int8" not in peer.name
-    ]  # in 8 bits on tiles alone: they are tried in many forms
-    sessions, _ = open_all(whole, graph, threads, 1, twin_input(graph, y[None, ..., None]))
+) -> list[dict[str, Any]]:
+    """Ours on Y and on the whole picture, each beside the peers on Y."""
+    rng = np.random.default_rng(0)
+    y = rng.random(PHOTOGRAPH, np.float32)
+    picture = Picture(rng.integers(0, 256, (*PHOTOGRAPH, 3), np.uint8))
+    sessions, _ = open_all(peers, graph, threads, 1, twin_input(graph, y[None, ..., None]))
     tiles = [(row, column) for row, columns in grid(PHOTOGRAPH, (PEER_TILE,) * 2, larger.reach) for column in columns]
     row, column = tiles[0]
     part = graph.resized(row.size, column.size)
@@ -222,9 +248,20 @@ def _photograph(
     for name, tile in on_tiles.items():
         size = f"{len(tiles)} tiles of {row.size}x{column.size}"
         sessions[name] = _faster(sessions.get(name), tile, len(tiles), size)
+    runs: list[Callable[[], object]] = [lambda: larger(y), lambda: larger.picture(picture)]
+    runs += [session.run for session in sessions.values()]
     with core.watched() as watch:
-        found = beside(timed(lambda: larger(y)), sessions, repeats)
-    return {**found, "trusted": not watch.warnings, "warnings": [*failures, *watch.warnings, *noise(found)]}
+        alone, all_of_it, *theirs = in_turn([timed(run) for run in runs], repeats)
+    rows = []
+    for ours in (alone, all_of_it):
+        beside = zip(sessions.items(), theirs, strict=True)
+        found = {
+            "ours": asdict(Timing.of(ours)),
+            "peers": {name: compared(ours, seconds, session.note) for (name, session), seconds in beside},
+        }
+        warnings = [*failures, *watch.warnings, *noise(found)]
+        rows.append({**found, "trusted": not watch.warnings, "warnings": warnings})
+    return rows
 
 
 def _faster(whole: Session | None, tile: Session, count: int, size: str) -> Session:
@@ -235,7 +272,7 @@ def _faster(whole: Session | None, tile: Session, count: int, size: str) -> Sess
     tiled = Session(all_tiles, tile.answer, ", ".join(filter(None, (tile.note, size))))
     if whole is None:
         return tiled
-    seconds = in_turn([timed(whole.run), timed(all_tiles)], 2)
+    seconds = in_turn([timed(whole.run), timed(all_tiles)], 1)
     return whole if min(seconds[0]) < min(seconds[1]) else tiled
 
 

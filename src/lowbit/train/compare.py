@@ -245,7 +245,7 @@ class _Runner:
             code = future.result()
             if 128 < code <= 128 + signal.SIGRTMAX and code != 128 + signal.SIGINT:
                 code = 128 - code  # one of the processes of the cell was killed, and the one that started them says so
-            if code == 0:
+            if code == 0 or (code == 1 and self._passed_over(cell)):
                 if step.for_run:
                     self.on_event(Event("finish", cell, "its run directory is there again"))
                 else:
@@ -268,6 +268,13 @@ class _Runner:
     def _fail(self, cell: Cell, error: str, log: Path | None = None) -> None:
         self.failed[cell.key] = Failure(cell, error, log)
         self.on_event(Event("fail", cell, error))
+
+    def _passed_over(self, cell: Cell) -> bool:
+        """Whether `lowbit train` ended with 1 for pictures that it passed over: the run is whole, and its result names them."""
+        with suppress(RunError):
+            run = read_run(self.places.run_dir(cell))
+            return run["status"] == "finished" and run["task"] == "superres" and bool(run["broken_images"])
+        return False
 
     def _came_further(self, each: _Running) -> bool:
         with suppress(RunError):

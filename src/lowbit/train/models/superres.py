@@ -121,17 +121,18 @@ def bireal_sr(
 
 
 class _PlainLayer(nn.Module):
-    """``act(conv(x))``, with ``gain`` behind the convolution and ``skip`` around them, as asked for."""
+    """``act(conv(x))``, with ``shift`` before and ``gain`` behind the convolution and ``skip`` around them, as asked for."""
 
-    def __init__(self, width: int, act: Act, skip: bool, scaled: bool, gain: float | None) -> None:
+    def __init__(self, width: int, act: Act, skip: bool, scaled: bool, shifted: bool, gain: float | None) -> None:
         super().__init__()
+        self.shift = Shift(width) if shifted else nn.Identity()
         self.conv = nn.Conv2d(width, width, 3, padding=1, bias=not scaled)
         self.gain = Gain(width, _start(gain, width)) if scaled else nn.Identity()
         self.act = _activation(act, width)
         self.add = Residual() if skip else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.gain(self.conv(x)))
+        y = self.act(self.gain(self.conv(self.shift(x))))
         return y if self.add is None else self.add(y, x)
 
 
@@ -139,28 +140,39 @@ class VDSR(nn.Module):
     """Kim et al., CVPR 2016. See `vdsr`."""
 
     def __init__(
-        self, upscale: int, width: int, depth: int, act: Act, skip: bool, scaled: bool, gain: float | None
+        self,
+        upscale: int,
+        width: int,
+        depth: int,
+        act: Act,
+        skip: bool,
+        scaled: bool,
+        shifted: bool,
+        gain: float | None,
+        gray: float,
+        zero_tail: bool,
     ) -> None:
         super().__init__()
         if depth < 3:
             raise ValueError(f"depth = {depth}: a first, a last and at least one layer between")
         self.bicubic = ResizeBicubic(upscale)
+        self.gray = gray
         self.stem = nn.Conv2d(1, width, 3, padding=1)
         self.act = _activation(act, width)
         self.stream = Residual() if skip else nn.Identity()
-        self.blocks = nn.Sequential(*[_PlainLayer(width, act, skip, scaled, gain) for _ in range(depth - 2)])
+        self.blocks = nn.Sequential(*[_PlainLayer(width, act, skip, scaled, shifted, gain) for _ in range(depth - 2)])
         self.tail = nn.Conv2d(width, 1, 3, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # He et al., as published
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if skip:  # the stream of so many sums is large, and the output would start far from bicubic
+        if zero_tail:
             nn.init.zeros_(self.tail.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         large = self.bicubic(x)
-        y = self.stream(self.act(self.stem(large)))
+        y = self.stream(self.act(self.stem(large - self.gray if self.gray else large)))
         return self.tail(self.blocks(y)) + large
 
 
@@ -172,7 +184,10 @@ def vdsr(
     act: Act = "relu",
     skip: bool = False,
     scaled: bool = False,
+    shifted: bool = False,
     gain: float | None = None,
+    gray: float = 0.0,
+    zero_tail: bool | None = None,
 ) -> nn.Module:
     """VDSR (Kim et al., CVPR 2016, arXiv 1511.04587): ``depth`` 3x3 convolutions on the bicubic enlargement, which is added to the end.
 
@@ -187,9 +202,13 @@ def vdsr(
         act: behind each but the last layer: "relu", "prelu" or "none".
         skip: an identity around each layer of the body (Bi-Real net): y = x + act(conv(x)).
         scaled: a learned factor and term for each channel behind each convolution of the body, in place of its bias.
+        shifted: a learned term for each channel in front of each convolution of the body: a sign's threshold.
         gain: where the factors start; None for 0.1 / sqrt(9 width), which suits weights and activations of +-1.
+        gray: taken from the luma in front of the first convolution: 0.5 centres it, so that its signs tell something.
+        zero_tail: the last layer starts at zero, and so the output as bicubic; None for where there are skips, whose sum
+            is large. As published (False) it starts like the others.
     """
-    return VDSR(upscale, width, depth, act, skip, scaled, gain)
+    return VDSR(upscale, width, depth, act, skip, scaled, shifted, gain, gray, skip if zero_tail is None else zero_tail)
 
 
 class LinearSR(nn.Module):
