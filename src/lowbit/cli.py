@@ -65,7 +65,9 @@ _EXTRAS: Final = {
 """Modules of each extra, to name it when one is missing."""
 
 RunArgument = Annotated[Path, typer.Argument(help="A run directory, as `lowbit train` leaves it.", metavar="RUN")]
-FileArgument = Annotated[Path, typer.Argument(help="A .lowbit file.", metavar="FILE")]
+FileArgument = Annotated[
+    Path, typer.Argument(help="A .lowbit file, or a network of the zoo by its name.", metavar="FILE")
+]
 ThreadsOption = Annotated[int, typer.Option(help="Threads of the engine.", min=1)]
 IsaOption = Annotated[str | None, typer.Option(help="Force a row of kernels; see `lowbit list isas`.")]
 
@@ -263,20 +265,26 @@ class Split(StrEnum):
     epilog="Examples: lowbit evaluate runs/demo --split test   |   lowbit evaluate shoes.lowbit --data my_images"
 )
 def evaluate(
-    what: Annotated[Path, typer.Argument(help="A run directory or a .lowbit file.", metavar="RUN_OR_FILE")],
+    what: Annotated[
+        Path,
+        typer.Argument(
+            help="A run directory, a .lowbit file, or a network of the zoo by its name.", metavar="RUN_OR_FILE"
+        ),
+    ],
     data: Annotated[
         str | None,
         typer.Option(
-            help="Of a run, or a file in one: another folder with its data set. Of a file elsewhere: a data set's name, a folder "
+            help="Of a run, a file in one, or the zoo: another folder with its data set. Of a file elsewhere: a data set's name, a folder "
             "with its files, or a folder with one folder of images for each class. Of super-resolution any folder of pictures.",
         ),
     ] = None,
     split: Annotated[
-        Split,
+        Split | None,
         typer.Option(
-            help="val: the held-out training images (with train.final the network was trained on them). test: the test images."
+            help="val: the held-out training images (with train.final the network was trained on them). test: the test images. By default "
+            "val, of the zoo test, which its cards are of."
         ),
-    ] = Split.val,
+    ] = None,
     beside: Annotated[
         Path | None,
         typer.Option(
@@ -291,12 +299,14 @@ def evaluate(
     PSNR and SSIM are those of luma, without as many pixels of each border as the picture is enlarged. Pictures that can't be read are
     passed over and named, and the exit status is 1.
     """
+    from lowbit import zoo
     from lowbit.train.evaluation import evaluate_file, evaluate_run
 
+    card = None if what.is_dir() else zoo.card_at(zoo.locate(what))
+    part = (split or (Split.test if card else Split.val)).value
+
     def measure(path: Path) -> dict[str, Any]:
-        return (
-            evaluate_run(path, data, split.value) if path.is_dir() else evaluate_file(path, data, split.value, threads)
-        )
+        return evaluate_run(path, data, part) if path.is_dir() else evaluate_file(path, data, part, threads)
 
     _log_to_stderr()
     found = measure(what)
@@ -311,8 +321,10 @@ def evaluate(
         raise typer.BadParameter(
             f"--beside {beside}: {what} classifies images; give --beside for super-resolution only"
         )
-    table = _facts(f"{what}, {split.value} images")
+    table = _facts(f"{what}, {part} images")
     table.add_row("accuracy", f"{found['accuracy']:.2%}")
+    if card is not None and part == card.measured["split"] and data is None:
+        table.add_row("accuracy, its card", card.result)
     table.add_row("images", f"{found['images']:,}")
     table.add_row("computed by", found["computed_by"])
     out.print(table)
@@ -903,6 +915,76 @@ def _cell_lines(queued: bool) -> Iterator[Callable[[Event], None]]:
         yield show
 
 
+# --------------------------------------------------------------------------------------------- the zoo
+
+zoo_app = typer.Typer(no_args_is_help=True, help="Networks that come with the package; `lowbit list zoo` names them.")
+app.add_typer(zoo_app, name="zoo")
+
+
+@zoo_app.command(
+    "add",
+    epilog="Example: lowbit zoo add runs/fast --name fashion-fast --title 'Fashion-MNIST, 10x faster than float' --seeds runs/fast-1",
+)
+def zoo_add(
+    run_dir: Annotated[
+        Path, typer.Argument(help="A run that was exported, and timed into RUN/bench.json.", metavar="RUN")
+    ],
+    name: Annotated[str, typer.Option(help="What it is called: lower-case words with '-' between them.")],
+    title: Annotated[str, typer.Option(help="What it is, in a sentence.")],
+    seeds: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RUN_OR_RESULT",
+            help="The same recipe with another seed: a run, or a result file of compare. Repeatable.",
+        ),
+    ] = None,
+    trained_by: Annotated[
+        str | None,
+        typer.Option(metavar="COMMAND", help="What trained the run, where no recipe below ./recipes is its own."),
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="Of the data, where it is not known.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the network of that name.")] = False,
+) -> None:
+    """Put an exported run into the zoo: its file, and a card with what is measured of it now, on all test images."""
+    from lowbit.train.zoo import add_run
+
+    _log_to_stderr()
+    with err.status("measuring"):
+        card = add_run(
+            run_dir, name, title, others=seeds or (), trained_by=trained_by, licence=licence, overwrite=overwrite
+        )
+    out.print(_card_table(card.name, card.result, card.bytes, len(card.seeds["values"])))
+    out.print(f"wrote [bold]{escape(str(card.path))}[/] and its card", soft_wrap=True)
+
+
+def _card_table(name: str, result: str, size: int, seeds: int) -> Table:
+    table = _facts(name)
+    table.add_row("measured, test images", result)
+    table.add_row("file", f"{size:,} bytes")
+    table.add_row("seeds", str(seeds))
+    return table
+
+
+@zoo_app.command("check", epilog="Example: lowbit zoo check")
+def zoo_check(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Which; by default all.")] = None,
+) -> None:
+    """Hold files of the zoo against their cards: size, checksum, task, and what was measured, on the engine again."""
+    from lowbit import zoo
+    from lowbit.train.zoo import check
+
+    for name in names or zoo.names():
+        with err.status(f"measuring {name}"):
+            done = check(name)
+        left = f"; not here: {', '.join(done.missing)}" if done.missing else ""
+        what = "pictures" if done.card.task == "superres" else "images"
+        out.print(
+            f"{name}: {done.card.result} as its card says, {done.images:,} {what}{left}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
 # --------------------------------------------------------------------------------------------- report, list
 
 
@@ -932,6 +1014,7 @@ def report(
 class Kind(StrEnum):
     """What there are lists of."""
 
+    zoo = "zoo"
     recipes = "recipes"
     tables = "tables"
     models = "models"
@@ -943,7 +1026,7 @@ class Kind(StrEnum):
 
 @app.command("list", epilog="Example: lowbit list methods")
 def list_(kind: Annotated[Kind | None, typer.Argument(help="What to list; by default everything.")] = None) -> None:
-    """List what there is: recipes and tables in this folder, models, methods, data sets, ops, instruction sets."""
+    """List what there is: the zoo's networks, recipes and tables in this folder, models, methods, data sets, ops, instruction sets."""
     for wanted in [kind] if kind else list(Kind):
         try:
             rows = _LISTS[wanted]()
@@ -951,20 +1034,31 @@ def list_(kind: Annotated[Kind | None, typer.Argument(help="What to list; by def
             if kind:
                 raise
             rows = [("", explain(error) or str(error))]
-        table = Table(title=wanted.value, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 1))
-        table.add_column(no_wrap=True)
-        table.add_column()
-        for name, what in rows:
-            table.add_row(escape(name), f"[dim]{escape(what)}[/]")
+        headings = ("name", "task", "measured", "kB", "ms", "what it is") if wanted is Kind.zoo else ()
+        table = Table(
+            title=wanted.value, title_justify="left", show_header=bool(headings), box=None, padding=(0, 2, 0, 1)
+        )
+        table.add_column("name", no_wrap=True)
+        for heading in headings[1:] or ("",):
+            table.add_column(heading, justify="right" if heading in ("kB", "ms") else "left")
+        for name, *more in rows:
+            table.add_row(escape(name), *(f"[dim]{escape(what)}[/]" for what in more))
         out.print(table)
         if not kind:
             out.print()
 
 
-def _recipes(tables: bool = False) -> list[tuple[str, str]]:
+def _zoo() -> list[tuple[str, ...]]:
+    from lowbit import zoo
+
+    cards = [zoo.load_card(name) for name in zoo.names()]
+    return [(c.name, c.task, c.result, f"{c.bytes / 1000:.1f}", c.milliseconds, c.title) for c in cards]
+
+
+def _recipes(tables: bool = False) -> list[tuple[str, ...]]:
     import yaml
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for path in sorted(path for path in Path("recipes").rglob("*.yaml") if (path.parent.name == "tables") is tables):
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -975,11 +1069,11 @@ def _recipes(tables: bool = False) -> list[tuple[str, str]]:
     return rows or [("", f"none: they are looked for in ./{place}, in the folder of lowbit's repository")]
 
 
-def _tables() -> list[tuple[str, str]]:
+def _tables() -> list[tuple[str, ...]]:
     return _recipes(tables=True)
 
 
-def _about(registry: Any) -> list[tuple[str, str]]:
+def _about(registry: Any) -> list[tuple[str, ...]]:
     return [(name, "\n".join([_summary(registry.get(name)), *_taken(registry.get(name))])) for name in registry]
 
 
@@ -1002,38 +1096,39 @@ def _summary(thing: Any) -> str:
     return "\n".join([text.removesuffix("::").rstrip() + ":", *("  " + line.strip() for line in more[0].splitlines())])
 
 
-def _models() -> list[tuple[str, str]]:
+def _models() -> list[tuple[str, ...]]:
     from lowbit.train.models import MODELS
 
     return [*_about(MODELS), ("package.module:function", "Your own: any function that gives an nn.Module.")]
 
 
-def _methods() -> list[tuple[str, str]]:
+def _methods() -> list[tuple[str, ...]]:
     from lowbit.train.quantizers import ACTIVATIONS, WEIGHTS
 
-    weights = [(name, f"weights: {what}") for name, what in _about(WEIGHTS)]
+    weights: list[tuple[str, ...]] = [(name, f"weights: {what}") for name, what in _about(WEIGHTS)]
     return weights + [(name, f"activations: {what}") for name, what in _about(ACTIVATIONS)]
 
 
-def _datasets() -> list[tuple[str, str]]:
+def _datasets() -> list[tuple[str, ...]]:
     from lowbit.train.data import DATASETS
 
     return _about(DATASETS)
 
 
-def _ops() -> list[tuple[str, str]]:
+def _ops() -> list[tuple[str, ...]]:
     from lowbit.graph import OPS
 
-    return [(name, "") for name in OPS] + [("", "docs/OPS.md says what each one means")]
+    return [*((name, "") for name in OPS), ("", "docs/OPS.md says what each one means")]
 
 
-def _isas() -> list[tuple[str, str]]:
+def _isas() -> list[tuple[str, ...]]:
     from lowbit.runtime import isas
 
     return [(name, "this CPU runs it" if there else "not on this CPU") for name, there in isas().items()]
 
 
-_LISTS: Final[dict[Kind, Callable[[], list[tuple[str, str]]]]] = {
+_LISTS: Final[dict[Kind, Callable[[], list[tuple[str, ...]]]]] = {
+    Kind.zoo: _zoo,
     Kind.recipes: _recipes,
     Kind.tables: _tables,
     Kind.models: _models,

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from lowbit.graph import Graph, Node, ValueType
 from lowbit.packfile import KEY, read
+from lowbit.zoo import locate
 
 _LAYERS: Final = frozenset(
     {
@@ -128,11 +129,12 @@ class Contents:
 
 
 def inspect(path: str | os.PathLike[str]) -> Contents:
-    """Read a file and count.
+    """Read a file, or a network of the zoo by its name, and count.
 
     Raises:
         FileError: not a lowbit file, or a damaged one.
     """
+    path = locate(path)
     graph = read(path)
     size = Path(path).stat().st_size
     layers = layer_table(graph)

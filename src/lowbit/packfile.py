@@ -65,12 +65,14 @@ def dumps(graph: Graph) -> bytes:
 
 
 def read(path: str | os.PathLike[str]) -> Graph:
-    """Read the Graph in the file `path`, checked whole.
+    """Read the Graph in the file `path`, or of the network of the zoo that is called so; checked whole.
 
     Raises:
-        FileError: no such file, not a lowbit file, a newer format, damaged, or a Graph that breaks a rule.
+        FileError: no such file or network, not a lowbit file, a newer format, damaged, or a Graph that breaks a rule.
     """
-    name = os.fspath(path)
+    from lowbit.zoo import locate  # which needs FileError
+
+    name = os.fspath(locate(path))
     if Path(name).is_dir():
         raise FileError(f"{name}: is a folder, not a .lowbit file (a run's file is RUN/model.lowbit)")
     if not Path(name).is_file():

@@ -199,6 +199,39 @@ def predict(engine: Engine, paths: Sequence[Path], top: int = 3, invert: bool = 
     Raises:
         ImageError: an unreadable image, or a network that does not classify images.
     """
+    _check_images(engine)
+    height, width, channels = engine.input_shape
+    resize = engine.meta.get("image", {}).get("resize")
+    for start in range(0, len(paths), _BATCH):
+        part = paths[start : start + _BATCH]
+        images = np.stack([read_image(path, (height, width), channels, invert, resize) for path in part])
+        for path, classes in zip(part, _likeliest(engine, images, top), strict=True):
+            yield Prediction(path, classes)
+
+
+def classify(
+    engine: Engine, picture: str | os.PathLike[str] | NDArray[Any], top: int = 3, invert: bool = False
+) -> tuple[tuple[str, float], ...]:
+    """The `top` likeliest classes of one image file, or of one array that the engine takes; see `Engine.classify`."""
+    _check_images(engine)
+    if isinstance(picture, np.ndarray):
+        if picture.shape != engine.input_shape or picture.dtype != np.uint8:
+            raise ValueError(
+                f"classify takes one picture: a file, or uint8 of shape {engine.input_shape}; got {picture.dtype} of shape "
+                f"{picture.shape}"
+            )
+        images = (255 - picture if invert else picture)[None]
+        return next(_likeliest(engine, images, top))
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            "classify reads picture files with Pillow, which is not installed: pip install 'lowbit[cli]'", name="PIL"
+        ) from None
+    return next(predict(engine, [Path(picture)], top, invert)).classes
+
+
+def _check_images(engine: Engine) -> None:
     task = engine.meta.get("task", "classify")
     if task != "classify":
         raise ImageError(
@@ -209,16 +242,14 @@ def predict(engine: Engine, paths: Sequence[Path], top: int = 3, invert: bool = 
         raise ImageError(
             f"this network reads {engine.input_dtype} of shape {engine.input_shape}, not images; call it from Python"
         )
-    height, width, channels = engine.input_shape
+
+
+def _likeliest(engine: Engine, images: NDArray[np.uint8], top: int) -> Iterator[tuple[tuple[str, float], ...]]:
     names = class_names(engine)
-    resize = engine.meta.get("image", {}).get("resize")
-    for start in range(0, len(paths), _BATCH):
-        part = paths[start : start + _BATCH]
-        images = np.stack([read_image(path, (height, width), channels, invert, resize) for path in part])
-        logits = np.asarray(engine(images), np.float64).reshape(len(part), -1)
-        for path, shares in zip(part, _softmax(logits), strict=True):
-            best = np.argsort(-shares, kind="stable")[: max(top, 1)]
-            yield Prediction(path, tuple((names[i], float(shares[i])) for i in best))
+    logits = np.asarray(engine(images), np.float64).reshape(len(images), -1)
+    for shares in _softmax(logits):
+        best = np.argsort(-shares, kind="stable")[: max(top, 1)]
+        yield tuple((names[i], float(shares[i])) for i in best)
 
 
 def _softmax(logits: NDArray[Any]) -> NDArray[Any]:

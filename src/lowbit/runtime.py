@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from statistics import median
 from typing import Any, Final, Literal, overload
 
@@ -36,17 +35,17 @@ def isas() -> dict[str, bool]:
 
 
 def load(source: str | os.PathLike[str] | Graph, threads: int = 1, isa: str | None = None) -> Engine:
-    """An Engine for a `.lowbit` file or a Graph.
+    """An Engine for a `.lowbit` file, a network of the zoo (`lowbit list zoo` names them) or a Graph.
 
-    `threads` is 1 up to the number of cores. `isa` forces a row of kernels (see `isas()`; the environment variable
-    LOWBIT_ISA does the same); without it the best one that this CPU has is taken.
+    A file of that name comes before the zoo. `threads` is 1 up to the number of cores. `isa` forces a row of kernels (see `isas()`;
+    the environment variable LOWBIT_ISA does the same); without it the best one that this CPU has is taken.
     Raises ValueError for a Graph that breaks a rule, a wrong number of threads and an isa this CPU lacks.
     """
     if isinstance(source, Graph):
         return Engine(source, threads=threads, isa=isa)
     from lowbit.packfile import read
 
-    engine = Engine(read(Path(source)), threads=threads, isa=isa)
+    engine = Engine(read(source), threads=threads, isa=isa)
     # the weights, unpacked on the way to the engine, took many times the file
     _engine.release_memory()
     return engine
@@ -137,6 +136,25 @@ class Engine:
                 raise RuntimeError(f"{name}: the engine stored two forms of this value and they differ")
             values[name] = value[0] if single else value
         return result, values
+
+    def classify(
+        self, picture: str | os.PathLike[str] | Array, top: int = 3, invert: bool = False
+    ) -> tuple[tuple[str, float], ...]:
+        """The likeliest classes of one picture, best first: (name, probability).
+
+        Args:
+            picture: an image file, which Pillow reads (the extra ``lowbit[cli]``): turned as its EXIF data says, resized, the centre cut
+                out. Or what the network reads itself: uint8 of the shape `input_shape`.
+            top: how many classes.
+            invert: swap dark and light, for a dark object on white where the network knows light on dark, as Fashion-MNIST's do.
+
+        Raises:
+            ImageError: an image that can't be read, or a network that does not classify images. ValueError: an array of another
+                shape or type. ImportError: Pillow is not installed.
+        """
+        from lowbit.predict import classify
+
+        return classify(self, picture, top, invert)
 
     def profile(self, x: Array, repeats: int = 20) -> list[float]:
         """Seconds that each step of `plan` takes for the batch `x`: medians of `repeats` runs, after one to warm up."""

@@ -74,8 +74,8 @@ class Upscaler:
     picture gives, bit for bit (`lowbit.tiles`), while memory stays bounded by the tile.
 
     Args:
-        source: a ``.lowbit`` file of the task "superres", or its Graph: one float32 input (H, W, 1), Y in 0..1; one float32
-            output (scale H, scale W, 1).
+        source: a ``.lowbit`` file of the task "superres", a network of the zoo by its name, or a Graph: one float32 input (H, W, 1), Y
+            in 0..1; one float32 output (scale H, scale W, 1).
         threads: of the engine.
         tile: the largest side of a tile, in pixels of the input. By default as large as is fastest: what is computed twice where
             tiles overlap grows as they shrink, what falls out of the cache as they grow.

@@ -20,6 +20,7 @@ from lowbit.inspect import macs
 from lowbit.machine import machine, versions
 from lowbit.packfile import read
 from lowbit.runtime import Engine, load
+from lowbit.zoo import locate
 
 Array = NDArray[Any]
 
@@ -41,7 +42,7 @@ def bench_file(
     """The network in a file, whole and layer by layer, beside the same network in other runtimes.
 
     Args:
-        path: a .lowbit file.
+        path: a .lowbit file, or the name of a network of the zoo.
         threads: of all; all are pinned to as many cores.
         isa: the engine's instruction set; None for the best there is.
         batch: images in a call.
@@ -61,6 +62,7 @@ def bench_file(
     if batch < 1 or repeats < 2:
         raise ValueError(f"batch = {batch} must be at least 1, repeats = {repeats} at least 2")
     there, missing = installed(chosen(peers))
+    path = locate(path)
     graph = read(path)
     with pinned(threads):
         engine = load(graph, threads=threads, isa=isa)

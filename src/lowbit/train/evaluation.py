@@ -19,15 +19,16 @@ from lowbit.train.data import DATASETS, DataError, DataSource, ImageData, cifar,
 from lowbit.train.data.images import Part
 from lowbit.train.data.superres import Pictures, find_pictures
 from lowbit.train.freeze import to_numpy
-from lowbit.train.recipe import Recipe, load_recipe
+from lowbit.train.recipe import Recipe, load_recipe, parse_recipe
 from lowbit.train.resize import resize_bicubic
 from lowbit.train.rundir import InputSpec, read_run, write_json
 from lowbit.train.tasks.classify import CONFUSION_CLASSES
 from lowbit.train.tasks.superres import compare, means
 from lowbit.train.trainer import evaluate, load_data, load_run
 from lowbit.upscale import Upscaler
+from lowbit.zoo import card_at, locate
 
-__all__ = ["evaluate_file", "evaluate_run"]
+__all__ = ["evaluate_file", "evaluate_pictures", "evaluate_run"]
 
 BATCH = 500
 _log = logging.getLogger(__name__)
@@ -71,10 +72,11 @@ def evaluate_file(
     """Evaluate a file on the engine.
 
     Args:
-        path: a .lowbit file.
-        data: for a file in a run directory another folder for the run's data set (None for the run's own). Else, and always for the
-            name of a data set: that name, or a folder: the files of Fashion-MNIST or CIFAR, or one folder of images for each
-            class (all of them are used where there is no ``test`` folder). Of super-resolution any folder of pictures.
+        path: a .lowbit file, or the name of a network of the zoo.
+        data: for a file in a run directory, or of the zoo, another folder for its recipe's data set (None for the recipe's own).
+            Else, and always for the name of a data set: that name, or a folder: the files of Fashion-MNIST or CIFAR, or one folder
+            of images for each class (all of them are used where there is no ``test`` folder). Of super-resolution any folder of
+            pictures.
         split: "val" or "test", as in ``evaluate_run``.
         threads: of the engine.
 
@@ -85,14 +87,14 @@ def evaluate_file(
     Raises:
         FileError: not a lowbit file. DataError: no data, or of other classes.
     """
-    graph = read(Path(path))
+    path = locate(path)
+    graph = read(path)
     if graph.meta.get("task") == "superres":
-        return _evaluate_pictures(Path(path), graph, data, split, threads)
+        return _evaluate_pictures(path, graph, data, split, threads)
     engine = load(graph, threads=threads)
-    beside = Path(path).parent / "recipe.yaml"
+    recipe = _recipe_of(path)
     classes = tuple(engine.meta.get("classes", ()))
-    if beside.is_file() and data not in DATASETS:
-        recipe = load_recipe(beside)
+    if recipe is not None and data not in DATASETS:
         batches = _split(_of_recipe(recipe, data, split), split, classes, workers=recipe.train.workers)
     elif data is None:
         raise DataError(f"{os.fspath(path)}: lies in no run directory; say what to evaluate on with --data")
@@ -119,26 +121,40 @@ def _by(isa: str, threads: int) -> str:
     return f"the engine, {isa}, {threads} thread{'s'[: threads > 1]}"
 
 
-def _evaluate_pictures(path: Path, graph: Graph, data: str | None, split: str, threads: int) -> dict[str, Any]:
+def _recipe_of(path: Path) -> Recipe | None:
+    """The recipe that a file in a run directory, or in the zoo, was trained by; None for any other."""
     beside = path.parent / "recipe.yaml"
+    if beside.is_file():
+        return load_recipe(beside)
+    card = card_at(path)
+    return None if card is None else parse_recipe(dict(card.recipe), f"the card of {card.name}")
+
+
+def _evaluate_pictures(path: Path, graph: Graph, data: str | None, split: str, threads: int) -> dict[str, Any]:
     upscaler = Upscaler(graph, threads)
     scale = upscaler.scale
-    recipe = load_recipe(beside) if beside.is_file() else None
+    recipe = _recipe_of(path)
     if recipe is None and data is None:
         raise DataError(f"{path}: lies in no run directory; say what to evaluate on with --data")
     name, source, part = _pictures(recipe, data, split, scale)
-    rows = []
-    for pair in source.pairs(part):
-        low, high = (x[0, 0].numpy() for x in pair)
-        bicubic = resize_bicubic(pair[0], scale)[0, 0].numpy()
-        rows.append(compare(pair.name, upscaler(low), bicubic, high, scale))
     found = {
-        **means(rows),
+        **evaluate_pictures(upscaler, source, part),
         "metric": "psnr",
         "computed_by": _by(upscaler.isa, threads),
         "broken": list(source.broken),
     }
-    return found if recipe is None else _kept(path.parent, f"evaluation-{name}-engine.json", found)
+    in_run = (path.parent / "recipe.yaml").is_file()
+    return _kept(path.parent, f"evaluation-{name}-engine.json", found) if in_run else found
+
+
+def evaluate_pictures(upscaler: Upscaler, source: Pictures, part: Part) -> dict[str, Any]:
+    """What `tasks.superres.means` gives of the pictures of a part, enlarged by the engine."""
+    scale, rows = upscaler.scale, []
+    for pair in source.pairs(part):
+        low, high = (x[0, 0].numpy() for x in pair)
+        bicubic = resize_bicubic(pair[0], scale)[0, 0].numpy()
+        rows.append(compare(pair.name, upscaler(low), bicubic, high, scale))
+    return means(rows)
 
 
 def _kept(run_dir: Path, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
