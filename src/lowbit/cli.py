@@ -915,6 +915,101 @@ def _cell_lines(queued: bool) -> Iterator[Callable[[Event], None]]:
         yield show
 
 
+# --------------------------------------------------------------------------------------------- sensitivity
+
+
+@app.command(
+    epilog="Examples: lowbit sensitivity runs/float   |   lowbit sensitivity runs/float --budget-bytes 40000 -o mixed.yaml"
+)
+def sensitivity(
+    run_dir: RunArgument,
+    bits: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="W/A",
+            help="Bits of weights / of inputs to try; by default 1/1, 2/2, 4/4 and 8/8. 32 is float. Repeatable.",
+        ),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option("--layer", metavar="PATTERN", help="These layers only, such as 'blocks.*'. Repeatable."),
+    ] = None,
+    images: Annotated[int, typer.Option(help="Held-out images to answer, spread over all.", min=2)] = 2000,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Of fine-tuning for each layer and pair of bits; 0 for none. By default 50.", min=0),
+    ] = None,
+    timed: Annotated[bool, typer.Option("--time/--no-time", help="Measure the layers' time on the engine.")] = True,
+    budget_bytes: Annotated[
+        int | None,
+        typer.Option(help="Propose the mixed network with the least loss whose file has at most as many bytes.", min=1),
+    ] = None,
+    budget_ms: Annotated[
+        float | None, typer.Option(help="The same for the engine's milliseconds for an image, on one thread.")
+    ] = None,
+    loss: Annotated[
+        float | None,
+        typer.Option(
+            metavar="POINTS",
+            help="Propose the smallest file that loses at most as many points (of pictures dB), as the layers add up.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The proposed recipe; by default RUN/mixed.yaml.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a field of the proposed recipe. Repeatable."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure again what is there.")] = False,
+) -> None:
+    """Measure which layer costs how much at which bits, and propose a recipe with mixed bits.
+
+    One layer at a time goes to other bits, everything else stays as it was trained. The same command goes on where it was interrupted.
+    """
+    from lowbit.train import sensitivity_page
+    from lowbit.train.mixed import Budget, propose
+    from lowbit.train.sensitivity import PAIRS, STEPS, measure, parse_bits
+    from lowbit.train.units import unit
+
+    pairs = [parse_bits(text) for text in bits] if bits else PAIRS
+    wants = [value for value in (budget_bytes, budget_ms, loss) if value is not None]
+    if (output or changes) and not wants:
+        raise typer.BadParameter("-o and --set are for a proposal: add --budget-bytes, --budget-ms or --loss")
+    if any(not value > 0 for value in wants):
+        raise typer.BadParameter("--budget-ms and --loss are above 0")
+    with _progress() as report:
+        tree = measure(
+            run_dir,
+            pairs,
+            layers=layers or (),
+            images=images,
+            steps=STEPS if steps is None else steps,
+            timed=timed,
+            overwrite=overwrite,
+            on_progress=report,
+        )
+        path = None
+        if wants:
+            budget = Budget(
+                budget_bytes,
+                None if budget_ms is None else budget_ms / 1e3,
+                None if loss is None else loss / unit(tree["metric"])[1],
+            )
+            path = propose(run_dir, tree, budget, output, changes=changes or (), on_progress=report)["recipe"]
+    _print_results(sensitivity_page.heat_table(tree), f"{run_dir}: what each layer alone loses")
+    ranked = sensitivity_page.ranked_rows(tree)
+    _print_results(ranked[:21], "by loss for each byte saved" + (": the first 20" if len(ranked) > 21 else ""))
+    table = _facts("all of it")
+    for name, value in sensitivity_page.facts(tree):
+        table.add_row(name, escape(value))
+    out.print(table)
+    for written in sensitivity_page.write(run_dir, tree):
+        out.print(f"wrote [bold]{escape(str(written))}[/]", soft_wrap=True)
+    if path is not None:
+        out.print(f"next: [bold]lowbit train {escape(path)}[/]", soft_wrap=True)
+
+
 # --------------------------------------------------------------------------------------------- the zoo
 
 zoo_app = typer.Typer(no_args_is_help=True, help="Networks that come with the package; `lowbit list zoo` names them.")

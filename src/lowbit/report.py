@@ -23,6 +23,7 @@ from lowbit.files import write_atomic
 from lowbit.inspect import Contents, inspect
 from lowbit.packfile import FileError
 from lowbit.page import BLUE, GRAY, ORANGE
+from lowbit.train import sensitivity_page
 from lowbit.train.rundir import RunError, read_metrics, read_run
 from lowbit.train.units import result_line
 
@@ -346,6 +347,7 @@ def write_report(
 def _render(found: _Run) -> str:
     run = found.run
     confusion = found.confusion
+    measured = sensitivity_page.read(found.place)
     description = re.search(r"^description: *(.*(?:\n +.*)*)$", found.recipe, flags=re.MULTILINE)
     return page.render(
         "report.html.j2",
@@ -363,6 +365,7 @@ def _render(found: _Run) -> str:
         peers=PEERS,
         peak_plot=_peak_plot(found.bench),
         recipe=found.recipe,
+        sensitivity=None if measured is None else sensitivity_page.section(measured),
     )
 
 

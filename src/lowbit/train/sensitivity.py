@@ -1,6 +1,6 @@
 """Which layer costs how much at which bits, measured on a trained network, and the best bits for a budget.
 
-One layer at a time goes to other bits, everything else stays as it was trained: a few steps of fine-tuning, batch norms
+One layer at a time goes to other bits, the weights of all others stay as they were trained: a few steps of fine-tuning, batch norms
 calibrated, the held-out images answered. The network without a change takes the same steps on the same images, and what a layer
 costs is the difference, image by image. `lowbit.train.mixed` adds the losses up and chooses bits for a budget.
 """
@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,7 @@ from lowbit.train.freeze import freeze, to_numpy
 from lowbit.train.layers import PixelInput, QuantLayer, constant_weights, quantized_layers
 from lowbit.train.module import calibrate
 from lowbit.train.network import Trained, build_network, float_network, load_trained
-from lowbit.train.prepare import auxiliary_loss, parameter_groups
+from lowbit.train.prepare import auxiliary_loss
 from lowbit.train.recipe import Recipe
 from lowbit.train.rundir import InputSpec, RunError, RunLock, machine, write_json
 from lowbit.train.start import Start
@@ -292,12 +292,19 @@ class Images:
         self.calibration_images = wanted
         self.example = next(iter(self.calibration))
 
-    def fine_tune(self, model: nn.Module) -> None:
-        """So many steps of Adam on soft weights; the same batches every time."""
+    def fine_tune(self, model: nn.Module, layers: Collection[str]) -> None:
+        """So many steps of Adam on soft weights, the same batches every time: of the layers named with their quantizers, and of what
+        is small (batch norms, slopes, biases). All other weights stay as they were trained."""
         t = self.recipe.train
         if not self.steps:
             return
-        optimizer = torch.optim.Adam(parameter_groups(model, LR), LR, fused=True)
+        theirs = {id(p) for name in layers for p in model.get_submodule(name).parameters()}
+        for p in model.parameters():
+            p.requires_grad_(id(p) in theirs or p.ndim < 2)
+        learning = [p for p in model.parameters() if p.requires_grad]
+        if not learning:
+            return
+        optimizer = torch.optim.Adam(learning, LR, fused=True)
         batches = self.data.batches(
             t.batch_size,
             seed=self.recipe.seed,
@@ -328,7 +335,7 @@ class Images:
     def answers(self, net: Network, choice: Mapping[str, Bits]) -> Floats:
         """The scores of a network with some layers at other bits, after fine-tuning."""
         model = net.changed(choice, self.example)
-        self.fine_tune(model)
+        self.fine_tune(model, net.overrides(choice))
         return self.scores(model)
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from lowbit.train.cells import read_result
 from lowbit.train.data import DataError
 from lowbit.train.data.superres import Pictures
 from lowbit.train.evaluation import evaluate_file, evaluate_pictures
-from lowbit.train.recipe import ELSEWHERE, Recipe, RecipeError, differing_keys, load_recipe, parse_recipe
+from lowbit.train.recipe import ELSEWHERE, Recipe, RecipeError, differing_keys, flatten, load_recipe, parse_recipe
 from lowbit.train.rundir import RunError, code_version, now, read_run
 from lowbit.train.statistics import summary
 from lowbit.train.trainer import load_data
@@ -41,6 +41,9 @@ _LICENCES: Final = {
     "photographs": "photographs of Debian's packages lomiri-wallpapers-16.04, plasma-workspace-wallpapers and mate-backgrounds: "
     "CC BY, CC BY-SA, GPL, as their copyright files say; none of them is in the file",
 }
+
+_CHANGES: Final = 4
+"""Fields in which a run may differ from the recipe that its command names."""
 
 _log = logging.getLogger("lowbit.train")
 
@@ -245,26 +248,29 @@ def _command(place: Path, recipe: Recipe, name: str, title: str, trained_by: str
                 f"{place}: no recipe below ./recipes is this run's; say what trained it with --trained-by 'lowbit train ...', so that "
                 "the file can be made again"
             )
-        path, seed = source
-        changed = "" if seed == recipe.seed else f" --seed {recipe.seed}"
         threads = "OMP_NUM_THREADS=1 " if read_run(place).get("machine", {}).get("threads") == 1 else ""
-        trained_by = f"{threads}lowbit train {path}{changed} --run-dir {run}"
+        trained_by = f"{threads}lowbit train {source} --run-dir {run}"
     add = f"lowbit zoo add {run} --name {name} --title {shlex.quote(title.strip())} --overwrite"
     return f"{trained_by} && lowbit export {run} && {add}"
 
 
-def _recipe_file(recipe: Recipe) -> tuple[Path, int] | None:
-    """The file below ./recipes that says the same but for the seed, and its seed."""
+def _recipe_file(recipe: Recipe) -> str | None:
+    """The file below ./recipes that says the same, or nearly so, and the --set for what it says otherwise."""
+    own = dict(flatten(recipe.plain()))
+    best: tuple[Path, list[str]] | None = None
     for path in sorted(Path("recipes").rglob("*.yaml")):
         if path.parent.name == "tables":
             continue
         try:
-            known = load_recipe(path)
+            keys = differing_keys(load_recipe(path), recipe, ELSEWHERE)
         except RecipeError:
             continue
-        if not differing_keys(known, recipe, (*ELSEWHERE, "seed")):
-            return path, known.seed
-    return None
+        plain = all(isinstance(own.get(key), str | int | float | bool) for key in keys)
+        if plain and len(keys) <= _CHANGES and (best is None or len(keys) < len(best[1])):
+            best = path, keys
+    if best is None:
+        return None
+    return " ".join([str(best[0]), *(f"--set {shlex.quote(f'{key}={json.dumps(own[key])}')}" for key in best[1])])
 
 
 # ------------------------------------------------------------------------------------------------ against the card
