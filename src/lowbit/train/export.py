@@ -104,7 +104,7 @@ def _export(
     data = data or load_data(recipe)
     spec = InputSpec.from_json(run["input"])
     probe = (_probe if spec.classes else _crops)(data, inputs, recipe.train.workers)
-    graph = freeze(model, probe[:1], meta=_meta(recipe, spec, run, data.resize))
+    graph = freeze(model, probe[:1], meta=file_meta(recipe, spec, run["epochs_done"], data.resize))
 
     with tempfile.TemporaryDirectory(prefix=EXPORTING, dir=run_dir) as folder:
         # the engine that is proved loads the very bytes that will be the file
@@ -158,7 +158,8 @@ def _starts(side: int) -> range:
     return range(0, side - CROP + 1, CROP)
 
 
-def _meta(recipe: Recipe, spec: InputSpec, run: dict[str, Any], resize: int | None) -> dict[str, Any]:
+def file_meta(recipe: Recipe, spec: InputSpec, epochs: int, resize: int | None) -> dict[str, Any]:
+    """What the file of a run says about itself (docs/FORMAT.md), plain JSON."""
     size = {} if resize is None else {"resize": resize}
     of_task: dict[str, Any] = {"superres": {"scale": spec.upscale}}
     if spec.classes:
@@ -169,7 +170,7 @@ def _meta(recipe: Recipe, spec: InputSpec, run: dict[str, Any], resize: int | No
         **of_task,
         "recipe": recipe.name,
         "seed": recipe.seed,
-        "epochs": run["epochs_done"],
+        "epochs": epochs,
     }
     plain: dict[str, Any] = json.loads(json.dumps(meta))
     return plain

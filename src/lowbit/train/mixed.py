@@ -19,7 +19,7 @@ from lowbit.train.data import DataSource
 from lowbit.train.layers import quantized_layers
 from lowbit.train.network import build_network, load_trained
 from lowbit.train.recipe import Recipe, assign_text, parse_recipe
-from lowbit.train.rundir import RunError, write_json, write_text
+from lowbit.train.rundir import RunError, RunLock, write_json, write_text
 from lowbit.train.sensitivity import RESULT, Bits, Images, Network, Report, mean_and_error, size_of
 from lowbit.train.start import read_start
 from lowbit.train.trainer import load_data
@@ -173,8 +173,20 @@ def propose(
     Raises:
         BudgetError: nothing keeps the budget. RecipeError: `changes` that can't be.
     """
-    report = on_progress or (lambda *_: None)
-    place = Path(run_dir)
+    with RunLock(Path(run_dir)) as lock:
+        lock.take()
+        return _propose(Path(run_dir), tree, budget, output, changes, data, on_progress or (lambda *_: None))
+
+
+def _propose(
+    place: Path,
+    tree: dict[str, Any],
+    budget: Budget,
+    output: str | Path | None,
+    changes: Sequence[str],
+    data: DataSource | None,
+    report: Report,
+) -> dict[str, Any]:
     path = Path(output) if output is not None else place / "mixed.yaml"
     if not path.parent.is_dir():
         raise RunError(f"{path}: there is no directory {path.parent}")
@@ -187,12 +199,13 @@ def propose(
     best_choice(layers, budget, rest)  # whether there is one
     report("the mixed network", 0, 3)
     kept, picked = budget, {}
+    timed = tree["network"]["trained"]["seconds"] is not None
     for _ in range(_ROUNDS):
         picked = best_choice(layers, kept, rest)
         bits = {name: choice.bits for name, choice in picked.items()}
-        size = size_of(
-            net.changed(bits, here.example), here.example, list(net.layers), timed=budget.seconds is not None
-        )
+        recipe = _recipe(place, net, bits, changes)
+        model = net.changed(bits, here.example)
+        size = size_of(model, here, list(net.layers), timed, recipe)
         more_bytes = size.bytes - budget.bytes if budget.bytes is not None else 0.0
         more_time = (size.seconds or 0) - budget.seconds if budget.seconds is not None else 0.0
         if more_bytes <= 0 and more_time <= 0:
@@ -211,7 +224,6 @@ def propose(
     before = here.reference(net)
     report("the mixed network", 2, 3)
     loss, error = mean_and_error(before - here.answers(net, bits))
-    recipe = _recipe(place, net, bits, changes)
     build_network(recipe, net.spec, None if recipe.train.start_from is None else read_start(recipe.train.start_from))
     proposal = {
         "budget": {"bytes": budget.bytes, "seconds": budget.seconds, "loss": budget.loss},

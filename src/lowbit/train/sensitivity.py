@@ -28,6 +28,7 @@ from lowbit.inspect import layer_table
 from lowbit.packfile import dumps
 from lowbit.runtime import Engine
 from lowbit.train.data import Augment, DataError, DataSource
+from lowbit.train.export import file_meta
 from lowbit.train.freeze import freeze, to_numpy
 from lowbit.train.layers import PixelInput, QuantLayer, constant_weights, quantized_layers
 from lowbit.train.module import calibrate
@@ -247,8 +248,11 @@ class Size:
     rows: Mapping[str, Cost]
 
 
-def size_of(model: nn.Module, x: Tensor, names: Sequence[str], timed: bool) -> Size:
-    graph = freeze(model, x[:1])
+def size_of(model: nn.Module, here: Images, names: Sequence[str], timed: bool, recipe: Recipe | None = None) -> Size:
+    """Freeze a network, and count. The file says about itself what that of a run of `recipe` would; by default the trained network's."""
+    x, recipe = here.example, recipe or here.recipe
+    meta = file_meta(recipe, here.spec, recipe.train.epochs, here.data.resize)
+    graph = freeze(model, x[:1], meta=meta)
     found = {row.name: row for row in layer_table(graph)}
     missing = [name for name in names if name not in found]
     if missing:
@@ -528,7 +532,7 @@ def _measure_costs(
     wanted = [(key, choice) for key, choice in wanted if not known(key)]
     for done, (key, choice) in enumerate(wanted):
         report("bytes and time", done, len(wanted))
-        size = size_of(net.changed(choice, here.example), here.example, names, timed)
+        size = size_of(net.changed(choice, here.example), here, names, timed)
         sizes[key] = {"bytes": size.bytes, "seconds": size.seconds}
         for row in tree["layers"]:
             cost = asdict(size.rows[row["name"]])
