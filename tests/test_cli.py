@@ -81,6 +81,7 @@ def image(path: Path, mode: str = "RGB", size: tuple[int, int] = (20, 14)) -> Pa
         ["bench", "MODEL", "--repeats", "2"],
         ["list", "isas"],
         ["list", "ops"],
+        ["list", "zoo"],
         ["list", "recipes"],
     ],
     ids=" ".join,
@@ -146,12 +147,16 @@ def test_every_verb_has_help_with_an_example(call: Call) -> None:
     code, text, _ = call("--help")
     assert code == 0
     verbs = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
-    assert len(verbs) == 10
+    assert len(verbs) >= 11
     for verb in verbs:
         assert verb in text
         code, own, _ = call(verb, "--help")
         assert code == 0
         assert f"lowbit {verb} " in own.partition("Example")[2]
+    for command in cli.zoo_app.registered_commands:
+        code, own, _ = call("zoo", command.name, "--help")
+        assert code == 0
+        assert f"lowbit zoo {command.name}" in own.partition("Example")[2]
 
 
 def test_version(call: Call) -> None:
@@ -161,6 +166,7 @@ def test_version(call: Call) -> None:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
+        ("zoo", "measured"),
         ("recipes", "recipes/fashion-mnist/bireal14-w1a1-slb-demo.yaml"),
         ("tables", "recipes/tables/fashion-mnist-bits.yaml"),
         ("models", "bireal_resnet14"),
