@@ -25,10 +25,11 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from lowbit.inspect import Contents
-    from lowbit.train.cells import Step
+    from lowbit.train.cells import Places, Step
     from lowbit.train.compare import Event
     from lowbit.train.export import Export
     from lowbit.train.table import Cell
+    from lowbit.train.table import Table as TableOfRecipes
     from lowbit.train.workers import Executor
     from lowbit.upscale import Job, Upscaler
 
@@ -51,6 +52,7 @@ _EXTRAS: Final = {
         "jinja2",
         "lightning",
         "matplotlib",
+        "optuna",
         "pydantic",
         "scipy",
         "skimage",
@@ -720,6 +722,14 @@ def compare(
         bool,
         typer.Option("--tune", help="Run the table's tries instead, on the held-out images, never the test images."),
     ] = False,
+    front: Annotated[
+        bool,
+        typer.Option(
+            "--front",
+            help="Then time one run of every cell, in turn on one core, float and 8-bit networks in ONNX Runtime too, and draw the score "
+            "against milliseconds and bytes.",
+        ),
+    ] = False,
 ) -> None:
     """Train every cell of a table over seeds, resumably and in parallel; means, paired differences, one HTML page.
 
@@ -730,12 +740,15 @@ def compare(
 
     if tune and (check or seeds):
         raise typer.BadParameter("--tune goes without --check-one and --seeds")
+    if front and (tune or check or only):
+        raise typer.BadParameter("--front measures all cells in one run: it goes without --tune, --check-one and --only")
     table = load_table(file, changes or ())
     places = cells.Places(out_dir or Path("runs") / table.name, cells_dir / table.name)
     if tune:
         places, test = places.below("tune"), False
     wanted = table.tries(only or ()) if tune else table.cells(seeds, only or ())
-    steps = cells.plan(wanted, places, test=test, refresh=refresh)
+    timed = _cells_to_time(wanted, places) if front else []
+    steps = cells.plan(wanted, places, test=test, refresh=refresh, runs_of=timed)
     on_cpu = all(cell.recipe.train.device == "cpu" for cell in wanted)
     devices = max(cell.recipe.train.devices or 1 for cell in wanted)
     executor = _executor(on, jobs, "cpu" if on_cpu else "auto", devices)
@@ -759,10 +772,14 @@ def compare(
     if tune:
         _print_tries(*compare.best_tries(table, wanted, places))
     else:
+        if front:
+            _measure_front(table, wanted, places, seeds)
         tree = aggregate.aggregate(table, places, seeds)
         _print_results(aggregate.table_rows(tree), tree["title"])
         if tree["comparisons"]:
             _print_results(aggregate.difference_rows(tree), "differences, paired by seed")
+        if tree["front"] is not None:
+            _print_front(tree["front"], tree["metric"])
         for path in aggregate.write(table, tree, cells_dir):
             out.print(f"wrote [bold]{escape(str(path))}[/]", soft_wrap=True)
     if check:
@@ -772,6 +789,34 @@ def compare(
         _check_one(table.name, wanted, cells.read_results(wanted, places), executor, folder, check_seed, tolerance)
     if failures:
         raise typer.Exit(1)
+
+
+def _cells_to_time(wanted: Sequence[Cell], places: Places) -> list[Cell]:
+    from lowbit.train.measure_front import runs_to_time
+
+    return runs_to_time(wanted, places)
+
+
+def _measure_front(table: TableOfRecipes, wanted: Sequence[Cell], places: Places, seeds: int | None) -> None:
+    from lowbit.train import aggregate, cells
+    from lowbit.train.measure_front import measure
+    from lowbit.train.rundir import write_json
+
+    results = cells.read_results(wanted, places)
+    split = aggregate.aggregate(table, places, seeds)["split"]
+    with err.status("") as status:
+        found = measure(table, wanted, results, places, split=split, on_progress=lambda text: status.update(escape(text)))
+    write_json(places.front, found)
+    _warn(found["warnings"])
+
+
+def _print_front(front: Mapping[str, Any], metric: str) -> None:
+    from lowbit.train.front import front_rows
+
+    _print_results(front_rows(front, metric), "front")
+    if front["stale"]:
+        _warn([f"measured with another recipe than the table has now: {', '.join(front['stale'])}; --front measures again"])
+    _warn(f"left out: {text}" for text in front["left_out"])
 
 
 def _executor(where: str, jobs: int | None, device: str, devices: int) -> Executor:
