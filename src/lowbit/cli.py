@@ -813,7 +813,7 @@ def _measure_front(table: TableOfRecipes, wanted: Sequence[Cell], places: Places
 def _print_front(front: Mapping[str, Any], metric: str) -> None:
     from lowbit.train.front import front_rows
 
-    _print_results(front_rows(front, metric), "front")
+    _print_results([[*row[:4], *row[5:]] for row in front_rows(front, metric)], "front")
     if front["stale"]:
         _warn([f"measured with another recipe than the table has now: {', '.join(front['stale'])}; --front measures again"])
     _warn(f"left out: {text}" for text in front["left_out"])

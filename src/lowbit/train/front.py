@@ -15,6 +15,7 @@ proof holds to the training graph, so that its score is the table's. ``proof`` h
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 import lowbit.page as page
 from lowbit.files import write_atomic
-from lowbit.train.labels import Label, place
+from lowbit.train.labels import Label, Line, place
 from lowbit.train.rundir import RunError
 from lowbit.train.statistics import summary
 from lowbit.train.units import unit
@@ -127,6 +128,7 @@ def resolve(
     told = ("date", "code", "machine", "versions", "isa", "threads", "repeats", "input", "trusted", "warnings")
     return {
         "points": points,
+        "split": split,
         "stale": stale,
         "unmeasured": [row["label"] for row in rows if row["mean"] is not None and row["label"] not in there],
         **{key: measured[key] for key in told},
@@ -149,6 +151,12 @@ def _score(point: Mapping[str, Any], metric: str) -> str:
     return text if point["sd"] is None else f"{text} +- {factor * point['sd']:.{digits}f}"
 
 
+def _heading(found: Mapping[str, Any], metric: str) -> str:
+    name = unit(metric)[0]
+    words = f"{found['split']} {'PSNR' if metric == 'psnr' else metric}"
+    return f"{words} ({name})" if name else words
+
+
 def what(shape: Sequence[int]) -> str:
     """One input in words: a call's time is of this."""
     return f"{shape[0]}x{shape[1]}" if len(shape) == 3 else "x".join(map(str, shape))
@@ -156,22 +164,19 @@ def what(shape: Sequence[int]) -> str:
 
 def front_rows(found: Mapping[str, Any], metric: str) -> list[list[str]]:
     """The points as rows of text, fastest first, the headings in front; "front" or what beats a point in each of the last two."""
-    name = unit(metric)[0]
-    head = f"{metric} ({name})" if name else metric
-    rows = [["point", "runtime", head, "seeds", "ms", "p10 .. p90", "kB", "against time", "against size"]]
+    rows = [["point", _heading(found, metric), "seeds", "ms", "p10 .. p90", "kB", "against time", "against size"]]
     for point in sorted(found["points"], key=lambda p: (_cost(p, "seconds"), -p["mean"])):
         s = point["seconds"]
         beaten = [point[f"{title}_beaten_by"] for title, _ in COSTS.values()]
         rows.append(
             [
-                point["cell"],
-                RUNTIMES[point["runtime"]],
+                point["name"],
                 _score(point, metric),
                 str(point["n"]),
                 _digits(1e3 * s["median"]),
                 f"{_digits(1e3 * s['p10'])} .. {_digits(1e3 * s['p90'])}",
                 _digits(point["bytes"] / 1e3),
-                *("front" if other is None else f"beaten by {other}" for other in beaten),
+                *("front" if other is None else f"by {other}" for other in beaten),
             ]
         )
     return rows
@@ -183,8 +188,8 @@ def footnote(found: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if k in ("lowbit", "onnxruntime", "numpy"))
     said = (
         f"Times are medians of one call for one input ({what(found['input'])}), {found['repeats']} samples of each network in turn "
-        f"in one run, pinned ({on}; {versions}; {found['date'][:10]}). A point is beaten where another one is no worse in both and better "
-        "in one; means are compared, whose deviations over seeds are given. kB (1,000 bytes) are of the file: .lowbit, or .onnx."
+        f"in one run, pinned ({on}; {versions}; {found['date'][:10]}). A point is beaten (by which, is said) where another one is no worse in both and "
+        "better in one; means are compared, whose deviations over seeds are given. kB (1,000 bytes) are of the file: .lowbit, or .onnx."
     )
     parts = [said]
     doubts = [*([] if found["trusted"] else ["The machine was not quiet: times are to be doubted."])]
@@ -198,11 +203,11 @@ def footnote(found: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def _panel(axes: Axes, found: Mapping[str, Any], metric: str, key: str, ids: bool) -> list[Label]:
-    """Everything of a panel but the labels, which look for room when all that takes some is there."""
+def _panel(axes: Axes, found: Mapping[str, Any], metric: str, key: str, ids: bool) -> tuple[list[Label], list[Line]]:
+    """Everything of a panel but the labels, which look for room when all that takes some is there; and the lines."""
     points = found["points"]
     title, unit_name = COSTS[key]
-    name, factor, _ = unit(metric)
+    _, factor, _ = unit(metric)
     costs = [_SCALE[key] * _cost(p, key) for p in points]
     scores = [factor * p["mean"] for p in points]
     best = [p[f"{title}_beaten_by"] is None for p in points]
@@ -244,9 +249,9 @@ def _panel(axes: Axes, found: Mapping[str, Any], metric: str, key: str, ids: boo
     axes.xaxis.set_minor_formatter(NullFormatter())
     words = f"ms for one input of {what(found['input'])}, logarithmic" if key == "seconds" else f"{unit_name} on disk, logarithmic"
     axes.set_xlabel(words)
-    axes.set_ylabel(f"{metric} ({name})" if name else metric)
+    axes.set_ylabel(_heading(found, metric))
     order = sorted(range(len(points)), key=lambda i: (not best[i], costs[i]))
-    return [
+    labels = [
         Label(
             points[i]["cell"].replace("$", r"\$"),
             costs[i],
@@ -255,6 +260,14 @@ def _panel(axes: Axes, found: Mapping[str, Any], metric: str, key: str, ids: boo
         )
         for i in order
     ]
+    bars: list[Line] = [
+        ((x, y - d), (x, y + d)) for x, y, d in zip(costs, scores, spreads, strict=True) if d
+    ]
+    if key == "seconds":
+        bars += [((1e3 * p["seconds"]["p10"], y), (1e3 * p["seconds"]["p90"], y)) for p, y in zip(points, scores, strict=True)]
+    for (x0, y0), (x1, y1) in itertools.pairwise(stairs):
+        bars += [((x0, y0), (x1, y0)), ((x1, y0), (x1, y1))]
+    return labels, bars
 
 
 def _legend(target: Figure, found: Mapping[str, Any]) -> None:
@@ -276,7 +289,7 @@ def figure(found: Mapping[str, Any], metric: str, keys: Sequence[str] = tuple(CO
     _legend(drawn, found)
     labels = [_panel(axes, found, metric, key, ids) for axes, key in zip(panels, keys, strict=True)]
     for axes, own in zip(panels, labels, strict=True):
-        place(axes, own)
+        place(axes, *own)
     return drawn
 
 
