@@ -41,7 +41,8 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes"
 TABLES = sorted((FOLDER / "tables").glob("*.yaml"))
 PAPERS = [path for start in ("slb-", "lns-", "compared-") for path in TABLES if path.stem.startswith(start)]
-RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path not in TABLES)
+SPACES = sorted((FOLDER / "search").glob("*.yaml"))
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path not in TABLES + SPACES)
 
 pytestmark = pytest.mark.filterwarnings("ignore:LNS with rho_plus = 0.2:UserWarning")
 

@@ -36,7 +36,8 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
 
     Returns:
         ``format, table, title, description, path, set, seeds`` (as asked for), ``metric, unit, split, cells, comparisons, published,
-        machines, versions, code, dates, seconds, front`` (what ``front.resolve`` gives; None where none was measured). Values are in the metric's own unit (accuracy: 0 to 1), published ones in the
+        machines, versions, code, dates, seconds, front`` (what ``front.resolve`` gives; None where none was measured). Values are in
+        the metric's own unit (accuracy: 0 to 1), published ones in the
         paper's (percent). A cell: ``label, n, missing`` (seeds), ``values`` (seed -> value), ``mean, sd, published, runs, top5,
         published_top5, epochs, parameters, warnings, curves`` and the means of ``seconds, gap, flips_start, images_per_second``. A
         comparison: ``one, other, resolved`` and the fields of ``Difference``.
@@ -247,7 +248,12 @@ def markdown(tree: Mapping[str, Any]) -> str:
     front = tree["front"]
     if front is not None and front["points"]:
         rows = front_rows(front, tree["metric"])
-        parts += ["#### Front", f"![{_front_title(tree)}]({tree['table']}-front.png)", _markdown_table(rows), footnote(front)]
+        parts += [
+            "#### Front",
+            f"![{_front_title(tree)}]({tree['table']}-front.png)",
+            _markdown_table(rows),
+            footnote(front),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -76,7 +76,9 @@ def read_front(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: can't be read ({error}); delete it and measure again (lowbit compare --front)") from None
+        raise RunError(
+            f"{path}: can't be read ({error}); delete it and measure again (lowbit compare --front)"
+        ) from None
     if not isinstance(tree, dict) or tree.get("format") != FORMAT or not isinstance(tree.get("points"), list):
         raise RunError(f"{path}: is no front of format {FORMAT}; delete it and measure again (lowbit compare --front)")
     return tree
@@ -111,7 +113,9 @@ def resolve(
         if point["values"] is None:
             mean, sd, n = row["mean"], row["sd"], row["n"]
         elif measured["split"] != split:
-            left_out.append(f"{name}: its score is of the {measured['split']} images, the table's of the {split} images")
+            left_out.append(
+                f"{name}: its score is of the {measured['split']} images, the table's of the {split} images"
+            )
             continue
         else:
             found = summary(list(point["values"].values()))
@@ -140,9 +144,17 @@ def _cost(point: Mapping[str, Any], key: str) -> float:
     return float(point[key]["median"] if key == "seconds" else point[key])
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three significant digits, without an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+    return (
+        f"{value:.0f}"
+        if value >= 100
+        else f"{value:.1f}"
+        if value >= 10
+        else f"{value:.2f}"
+        if value >= 1
+        else f"{value:.3f}"
+    )
 
 
 def _score(point: Mapping[str, Any], metric: str) -> str:
@@ -173,9 +185,9 @@ def front_rows(found: Mapping[str, Any], metric: str) -> list[list[str]]:
                 point["name"],
                 _score(point, metric),
                 str(point["n"]),
-                _digits(1e3 * s["median"]),
-                f"{_digits(1e3 * s['p10'])} .. {_digits(1e3 * s['p90'])}",
-                _digits(point["bytes"] / 1e3),
+                digits(1e3 * s["median"]),
+                f"{digits(1e3 * s['p10'])} .. {digits(1e3 * s['p90'])}",
+                digits(point["bytes"] / 1e3),
                 *("front" if other is None else f"by {other}" for other in beaten),
             ]
         )
@@ -187,14 +199,17 @@ def footnote(found: Mapping[str, Any]) -> str:
     on = f"{found['machine']['processor']}, {found['isa']}, {found['threads']} thread{'s'[: found['threads'] > 1]}"
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items() if k in ("lowbit", "onnxruntime", "numpy"))
     said = (
-        f"Times are medians of one call for one input ({what(found['input'])}), {found['repeats']} samples of each network in turn "
-        f"in one run, pinned ({on}; {versions}; {found['date'][:10]}). A point is beaten (by which, is said) where another one is no worse in both and "
-        "better in one; means are compared, whose deviations over seeds are given. kB (1,000 bytes) are of the file: .lowbit, or .onnx."
+        f"Times are medians of one call for one input ({what(found['input'])}), {found['repeats']} samples of each network in "
+        f"turn in one run, pinned ({on}; {versions}; {found['date'][:10]}). A point is beaten (by which, is said) where another one "
+        "is no worse in both and better in one; means are compared, whose deviations over seeds are given. kB (1,000 bytes) "
+        "are of the file: .lowbit, or .onnx."
     )
     parts = [said]
     doubts = [*([] if found["trusted"] else ["The machine was not quiet: times are to be doubted."])]
     if found["stale"]:
-        doubts.append(f"Measured with another recipe than the table has now, and left out: {', '.join(found['stale'])}.")
+        doubts.append(
+            f"Measured with another recipe than the table has now, and left out: {', '.join(found['stale'])}."
+        )
     if found["unmeasured"]:
         doubts.append(f"Not measured: {', '.join(found['unmeasured'])}; lowbit compare --front measures all.")
     return " ".join([*parts, *doubts, *(f"Left out: {text}." for text in found["left_out"])])
@@ -211,10 +226,9 @@ def _panel(axes: Axes, found: Mapping[str, Any], metric: str, key: str, ids: boo
     costs = [_SCALE[key] * _cost(p, key) for p in points]
     scores = [factor * p["mean"] for p in points]
     best = [p[f"{title}_beaten_by"] is None for p in points]
-    axes.set_xscale("log")
     for i, point in enumerate(points):
         color = _COLORS[point["runtime"]]
-        spread = {}
+        spread: dict[str, Any] = {}
         if key == "seconds":
             s = point["seconds"]
             spread["xerr"] = [[1e3 * (s["median"] - s["p10"])], [1e3 * (s["p90"] - s["median"])]]
@@ -235,19 +249,26 @@ def _panel(axes: Axes, found: Mapping[str, Any], metric: str, key: str, ids: boo
         if ids:
             drawn.lines[0].set_gid(f"point-{i}")
     stairs = sorted((costs[i], scores[i]) for i in range(len(points)) if best[i])
-    axes.step([x for x, _ in stairs], [y for _, y in stairs], where="post", color=page.BLUE, alpha=0.35, linewidth=1.4, zorder=2)
-    low, high = min(costs), max(costs)
-    around = max((high / low) ** 0.12, 1.25)
-    axes.set_xlim(low / around, high * around**1.6)
+    axes.step(
+        [x for x, _ in stairs],
+        [y for _, y in stairs],
+        where="post",
+        color=page.BLUE,
+        alpha=0.35,
+        linewidth=1.4,
+        zorder=2,
+    )
+    log_axis(axes, costs)
     spreads = [factor * (p["sd"] or 0.0) for p in points]
     bottom = min(y - s for y, s in zip(scores, spreads, strict=True))
     top = max(y + s for y, s in zip(scores, spreads, strict=True))
     room = 0.12 * (top - bottom) or 0.5
     axes.set_ylim(bottom - room, top + room)
-    axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0), numticks=30))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    words = f"ms for one input of {what(found['input'])}, logarithmic" if key == "seconds" else f"{unit_name} on disk, logarithmic"
+    words = (
+        f"ms for one input of {what(found['input'])}, logarithmic"
+        if key == "seconds"
+        else f"{unit_name} on disk, logarithmic"
+    )
     axes.set_xlabel(words)
     axes.set_ylabel(_heading(found, metric))
     order = sorted(range(len(points)), key=lambda i: (not best[i], costs[i]))
@@ -260,20 +281,35 @@ def _panel(axes: Axes, found: Mapping[str, Any], metric: str, key: str, ids: boo
         )
         for i in order
     ]
-    bars: list[Line] = [
-        ((x, y - d), (x, y + d)) for x, y, d in zip(costs, scores, spreads, strict=True) if d
-    ]
+    bars: list[Line] = [((x, y - d), (x, y + d)) for x, y, d in zip(costs, scores, spreads, strict=True) if d]
     if key == "seconds":
-        bars += [((1e3 * p["seconds"]["p10"], y), (1e3 * p["seconds"]["p90"], y)) for p, y in zip(points, scores, strict=True)]
+        bars += [
+            ((1e3 * p["seconds"]["p10"], y), (1e3 * p["seconds"]["p90"], y))
+            for p, y in zip(points, scores, strict=True)
+        ]
     for (x0, y0), (x1, y1) in itertools.pairwise(stairs):
         bars += [((x0, y0), (x1, y0)), ((x1, y0), (x1, y1))]
     return labels, bars
 
 
+def log_axis(axes: Axes, costs: Sequence[float]) -> None:
+    """A logarithmic axis of costs, with plain numbers and room for labels."""
+    axes.set_xscale("log")
+    around = max((max(costs) / min(costs)) ** 0.12, 1.25)
+    axes.set_xlim(min(costs) / around, max(costs) * around**1.6)
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0), numticks=30))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _legend(target: Figure, found: Mapping[str, Any]) -> None:
     for runtime in dict.fromkeys(p["runtime"] for p in found["points"]):
         target.axes[0].plot(
-            [], [], _MARKERS[runtime], color=_COLORS[runtime], label=RUNTIMES[runtime].replace("lowbit", "lowbit's engine")
+            [],
+            [],
+            _MARKERS[runtime],
+            color=_COLORS[runtime],
+            label=RUNTIMES[runtime].replace("lowbit", "lowbit's engine"),
         )
     target.axes[0].plot([], [], color=page.BLUE, alpha=0.35, label="front")
     target.legend(loc="outside upper center", ncols=5, fontsize=9)
@@ -299,10 +335,15 @@ def png(found: Mapping[str, Any], metric: str, path: Path) -> None:
     Raises:
         OSError: it can't be written.
     """
-    stream = io.BytesIO()
     with page.style():
-        figure(found, metric).savefig(stream, format="png", dpi=110, facecolor="white", metadata={"Software": None})
-    write_atomic(path, stream.getvalue())
+        write_atomic(path, png_bytes(figure(found, metric)))
+
+
+def png_bytes(drawn: Figure) -> bytes:
+    """A figure as PNG, on white; made within ``page.style()``."""
+    stream = io.BytesIO()
+    drawn.savefig(stream, format="png", dpi=110, facecolor="white", metadata={"Software": None})
+    return stream.getvalue()
 
 
 def svgs(found: Mapping[str, Any], metric: str) -> list[dict[str, str]]:
@@ -322,7 +363,7 @@ def hover(point: Mapping[str, Any], metric: str) -> str:
     lines = [
         f"{point['cell']}, {RUNTIMES[point['runtime']]}",
         f"{_score(point, metric)} {unit(metric)[0]}, {point['n']} seed{'s'[: point['n'] != 1]}".replace("+-", "±"),
-        f"{_digits(1e3 * point['seconds']['median'])} ms, {_digits(point['bytes'] / 1e3)} kB",
+        f"{digits(1e3 * point['seconds']['median'])} ms, {digits(point['bytes'] / 1e3)} kB",
     ]
     for title, _ in COSTS.values():
         other = point[f"{title}_beaten_by"]

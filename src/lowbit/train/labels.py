@@ -55,7 +55,7 @@ def place(axes: Axes, labels: Sequence[Label], lines: Sequence[Line] = ()) -> li
     figure = axes.figure
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()
-    renderer = FigureCanvasAgg(figure).get_renderer()
+    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
     unit = figure.dpi / 72
     inside = axes.get_window_extent(renderer)
     points = [axes.transData.transform((label.x, label.y)) for label in labels]
@@ -63,7 +63,8 @@ def place(axes: Axes, labels: Sequence[Label], lines: Sequence[Line] = ()) -> li
     taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in points]
     ends = [(axes.transData.transform(start), axes.transData.transform(end)) for start, end in lines]
     drawn = [
-        Bbox.from_extents(min(a[0], b[0]) - 1, min(a[1], b[1]) - 1, max(a[0], b[0]) + 1, max(a[1], b[1]) + 1) for a, b in ends
+        Bbox.from_extents(min(a[0], b[0]) - 1, min(a[1], b[1]) - 1, max(a[0], b[0]) + 1, max(a[1], b[1]) + 1)
+        for a, b in ends
     ]
     boxes: list[Bbox] = []
     for label, (x, y) in zip(labels, points, strict=True):
@@ -74,12 +75,14 @@ def place(axes: Axes, labels: Sequence[Label], lines: Sequence[Line] = ()) -> li
         where = where or _free(x, y, wide, high, unit, inside, [*taken, *boxes], _RINGS)
         box, radius = where or (Bbox.from_bounds(x + _NEAR * unit, y - high / 2, wide, high), _NEAR)
         boxes.append(box)
-        written.set_ha("center")
+        written.set_horizontalalignment("center")
         centre = axes.transData.inverted().transform(((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2))
         written.set_position((centre[0], centre[1]))
         if radius > 2 * _NEAR:
             end = axes.transData.inverted().transform((min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)))
-            axes.plot([label.x, end[0]], [label.y, end[1]], color=written.get_color(), linewidth=0.6, alpha=0.5, zorder=1)
+            axes.plot(
+                [label.x, end[0]], [label.y, end[1]], color=written.get_color(), linewidth=0.6, alpha=0.5, zorder=1
+            )
     return boxes
 
 

@@ -281,7 +281,7 @@ def _psnr(session: Session, graph: Graph, data: DataSource, part: Part, workers:
         around = reach(graph)
     except TileError as error:
         return f"in ONNX Runtime it can't run on tiles of the pictures ({error})"
-    scores = []
+    scores: list[float] = []
     for pair in data.evaluation(part, 1, workers=workers):
         low, high = (v[0, 0].numpy() for v in pair)
         if low.shape[0] < height or low.shape[1] < width:

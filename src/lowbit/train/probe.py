@@ -92,12 +92,16 @@ def probe_training(recipe: Recipe, data: DataSource, teacher: Recipe | None = No
     t, spec = recipe.train, InputSpec.of(data)
     model = build_network(recipe, spec).train()
     if t.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for parameter in model.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     teaching = None if teacher is None else build_network(teacher, spec).eval()
     task = TASKS.get(recipe.task).of(recipe, spec)
     augment = Augment(**recipe.data.augment.model_dump())
     batches = data.batches(t.batch_size, part="train", seed=recipe.seed, augment=augment, workers=0)
     x, y = next(iter(batches))
+    if t.channels_last and x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
     images, _ = next(iter(data.evaluation("val", t.eval_batch_size, workers=0)))
 
     def step() -> None:

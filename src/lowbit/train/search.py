@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,7 +40,7 @@ from lowbit.train.freeze import FreezeError
 from lowbit.train.front import beaten_by
 from lowbit.train.probe import Speed, probe_speed, probe_training
 from lowbit.train.recipe import RecipeError
-from lowbit.train.rundir import InputSpec, RunError, check_same_data, fingerprint, read_metrics, read_run, write_text
+from lowbit.train.rundir import InputSpec, RunError, check_same_data, fingerprint, read_metrics, read_run
 from lowbit.train.space import Dimension, Space
 from lowbit.train.statistics import summary
 from lowbit.train.table import TEACHER, Cell
@@ -236,29 +236,25 @@ class Search:
     def _suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         return {name: _suggest(trial, name, d) for name, d in self.space.dimensions.items()}
 
-    def _put_back(self, number: int, params: Mapping[str, Any], why: str, retries: int) -> None:
-        """The trial fails, and what it tried is the next that is tried."""
-        self._tell(number, TrialState.FAIL, why)
-        self._study.enqueue_trial(dict(params), user_attrs={"retries": retries, "again": number})
-        self.on_event(Event("back", number, why))
+    def _put_back(self, trial: optuna.Trial, params: Mapping[str, Any], why: str, retries: int | None = None) -> None:
+        """The trial fails, and what it tried is tried again next. ``retries``: how often its worker was killed."""
+        kept = trial.user_attrs.get("retries", 0) if retries is None else retries
+        self._tell(trial, TrialState.FAIL, why)
+        self._study.enqueue_trial(dict(params), user_attrs={"retries": kept})
+        self.on_event(Event("back", trial.number, why))
 
-    def _tell(self, number: int, state: TrialState, why: str = "") -> None:
-        if why:
-            self._study._storage.set_trial_user_attr(self._id(number), "why", why)
-        self._study.tell(number, state=state)
-
-    def _id(self, number: int) -> int:
-        return self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+    def _tell(self, trial: optuna.Trial, state: TrialState, why: str) -> None:
+        trial.set_user_attr("why", why)
+        self._study.tell(trial, state=state)
 
     def _recover(self) -> None:
-        """Trials that were under way when an earlier session was killed."""
+        """Trials that were under way when an earlier session was killed fail, and are put back."""
         for t in self.trials:
             if t.state == TrialState.RUNNING:
-                complete = set(t.params) == set(self.space.dimensions)
-                if complete:
-                    self._put_back(t.number, t.params, "the search was killed", t.user_attrs.get("retries", 0))
-                else:
-                    self._tell(t.number, TrialState.FAIL, "the search was killed")
+                self._study.tell(t.number, state=TrialState.FAIL)
+                if set(t.params) == set(self.space.dimensions):
+                    self._study.enqueue_trial(t.params, user_attrs={"retries": t.user_attrs.get("retries", 0)})
+                self.on_event(Event("back", t.number, "the search was killed"))
 
     # ---------------------------------------------------------------------------------------- before training
 
@@ -306,12 +302,14 @@ class Search:
             RunError: that is more than the budget.
         """
         waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        fixed = waiting[0].system_attrs.get("fixed_params") if waiting else None
-        cell = self.space.cell(fixed) if fixed else self._first
-        seconds = self._cost(cell) * self._pace()
+        tried = [{**self.space.first, **t.system_attrs.get("fixed_params", {})} for t in waiting[:1]] + [
+            self.space.first
+        ]
+        costs = [self._cost(self.space.cell(params)) * self._pace() for params in tried]
+        seconds, params = min(zip(costs, tried, strict=True), key=lambda each: each[0])
         if seconds > 60 * minutes:
             raise RunError(
-                f"{minutes:g} minutes are too few for one trial: {_words(fixed or self.space.first)} takes about {seconds / 60:.1f} minutes "
+                f"{minutes:g} minutes are too few for one trial: {_words(params)} takes about {seconds / 60:.1f} minutes "
                 f"here (a few steps were timed); give --minutes {math.ceil(seconds / 60) + 1} or more, or a space with smaller ones first"
             )
         return seconds
@@ -328,12 +326,11 @@ class Search:
             RunError: the budget is too small for one trial, or trials fail one after the other. KeyboardInterrupt.
         """
         self._recover()
-        self._pending_tells()
         self.check_budget(minutes)
         self._end_at = time.monotonic() + 60 * minutes
         self._left = math.inf if trials is None else trials
         self._open_for_more, self._same, self._broken, self._too_long = True, 0, 0, 0
-        later: list[tuple[int, dict[str, Any]]] = []
+        later: list[tuple[optuna.Trial, dict[str, Any]]] = []
         with interruptible():
             try:
                 while True:
@@ -354,13 +351,10 @@ class Search:
                 self._leave("interrupted")
                 raise
             finally:
-                for number, params in later:
-                    self._put_back(number, params, "it did not fit into the time that was left", 0)
+                for trial, params in later:
+                    self._put_back(trial, params, "it did not fit into the time that was left")
 
-    def _pending_tells(self) -> None:
-        self._rungs = {t.number: dict(t.user_attrs.get("rungs", {})) for t in self.trials}
-
-    def _fill(self, later: list[tuple[int, dict[str, Any]]]) -> None:
+    def _fill(self, later: list[tuple[optuna.Trial, dict[str, Any]]]) -> None:
         """Ask for trials and start trainings while there is room."""
         self._advance()
         while self._open_for_more and self._left > 0 and self._running() < self.executor.slots:
@@ -372,7 +366,7 @@ class Search:
     def _running(self) -> int:
         return sum(active.future is not None for active in self._active)
 
-    def _ask(self, later: list[tuple[int, dict[str, Any]]]) -> None:
+    def _ask(self, later: list[tuple[optuna.Trial, dict[str, Any]]]) -> None:
         """The next trial: known already, too slow, too long, or begun."""
         if time.monotonic() > self._end_at:
             self._open_for_more = False
@@ -395,15 +389,15 @@ class Search:
             limit = self.space.config.limit_ms
             if limit is not None and 1e3 * speed.seconds > limit:
                 why = f"{1e3 * speed.seconds:.3g} ms: slower than the limit of {limit:g}"
-                self._tell(trial.number, TrialState.PRUNED, why)
+                self._tell(trial, TrialState.PRUNED, why)
                 self.on_event(Event("skip", trial.number, f"{_words(params)}: {why}"))
                 return
             cost = self._cost(cell)
         except (RecipeError, FreezeError, RunError) as error:
-            self._fail(trial.number, f"{_words(params)}: {error}")
+            self._fail(trial, f"{_words(params)}: {error}")
             return
         if time.monotonic() + cost * self._pace() > self._end_at:
-            later.append((trial.number, params))
+            later.append((trial, params))
             self._too_long += 1
             self._open_for_more = self._too_long < TOO_LONG
             return
@@ -425,13 +419,13 @@ class Search:
     def _repeat(self, trial: optuna.Trial, before: FrozenTrial | _Active) -> None:
         """A recipe that is known ends as it did then."""
         if isinstance(before, _Active):
-            self._tell(trial.number, TrialState.FAIL, f"the same as trial {before.trial.number}, which is under way")
+            self._tell(trial, TrialState.FAIL, f"the same as trial {before.trial.number}, which is under way")
             return
         trial.set_user_attr("same_as", before.number)
         if before.state == TrialState.COMPLETE:
             self._study.tell(trial, before.values)
         else:
-            self._tell(trial.number, TrialState.PRUNED, f"the same as trial {before.number}")
+            self._tell(trial, TrialState.PRUNED, f"the same as trial {before.number}")
 
     def _advance(self) -> None:
         """Start what can be started of the trials that are not being trained."""
@@ -441,7 +435,7 @@ class Search:
                     self._next_step(active)
                 except (RunError, RemoteError, RecipeError, OSError) as error:
                     self._drop(active)
-                    self._fail(active.trial.number, str(error))
+                    self._fail(active.trial, str(error))
 
     def _next_step(self, active: _Active) -> None:
         """Start the first of a trial's cells that is not trained, or complete it."""
@@ -458,7 +452,9 @@ class Search:
                     os.close(descriptor)
                 if not active.told:
                     active.told = True
-                    self.on_event(Event("wait", active.trial.number, f"{run_dir} is trained by a worker of an earlier session"))
+                    self.on_event(
+                        Event("wait", active.trial.number, f"{run_dir} is trained by a worker of an earlier session")
+                    )
                 return
             try:
                 future, active.log_start, _ = launch(
@@ -482,7 +478,9 @@ class Search:
         self._study.tell(active.trial, [score, 1e3 * active.speed.seconds])
         self._drop(active)
         self._broken = 0
-        text = f"{_score(score, self.metric)} held out, {1e3 * active.speed.seconds:.3g} ms, {run['wall_seconds']:.0f} s"
+        text = (
+            f"{_score(score, self.metric)} held out, {1e3 * active.speed.seconds:.3g} ms, {run['wall_seconds']:.0f} s"
+        )
         on_front = any(f.number == active.trial.number for f in self.front)
         self.on_event(Event("finish", active.trial.number, text + (", on the front" if on_front else "")))
 
@@ -490,38 +488,38 @@ class Search:
         """What its training came to."""
         assert active.future is not None
         assert active.under_way is not None
-        future, step, number = active.future, active.under_way, active.trial.number
+        future, step, trial = active.future, active.under_way, active.trial
         self._release(active)
         try:
             code = exit_status(future)
         except (RunError, RemoteError, OSError) as error:
             self._drop(active)
-            self._fail(number, str(error))
+            self._fail(trial, str(error))
             return
         own = step.cell is active.cell
         if code == 0:
             self._advance()
         elif own and active.pruned:
             self._drop(active)
-            self._tell(number, TrialState.PRUNED, active.pruned)
-            self.on_event(Event("prune", number, active.pruned))
+            self._tell(trial, TrialState.PRUNED, active.pruned)
+            self.on_event(Event("prune", trial.number, active.pruned))
         elif code < 0:
             retries = active.trial.user_attrs.get("retries", 0) + 1
             why = f"its worker was killed ({signal.Signals(-code).name})"
             self._drop(active)
             if retries > RETRIES:
-                self._fail(number, f"{why}, {retries} times")
+                self._fail(trial, f"{why}, {retries} times")
             else:
-                self._put_back(number, active.params, why, retries)
+                self._put_back(trial, active.params, why, retries)
         else:
             log = self.places.beside(step.cell, ".log")
             words = last_words(log, active.log_start) or f"exit status {code}"
             self._drop(active)
-            self._fail(number, f"{'' if own else f'{step.cell.label}: '}{words} (log: {log})")
+            self._fail(trial, f"{'' if own else f'{step.cell.label}: '}{words} (log: {log})")
 
-    def _fail(self, number: int, why: str) -> None:
-        self._tell(number, TrialState.FAIL, why)
-        self.on_event(Event("fail", number, why))
+    def _fail(self, trial: optuna.Trial, why: str) -> None:
+        self._tell(trial, TrialState.FAIL, why)
+        self.on_event(Event("fail", trial.number, why))
         self._broken += 1
         if self._broken >= BROKEN:
             raise RunError(f"{BROKEN} trials in a row failed, the last one: {why}")
@@ -540,8 +538,7 @@ class Search:
         self.executor.stop()
         for active in list(self._active):
             self._drop(active)
-            retries = active.trial.user_attrs.get("retries", 0)
-            self._put_back(active.trial.number, active.params, why, retries)
+            self._put_back(active.trial, active.params, why)
 
     # ---------------------------------------------------------------------------------------- rungs
 
@@ -608,7 +605,9 @@ def _suggest(trial: optuna.Trial, name: str, d: Dimension) -> Any:
 
 
 def _words(params: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
+    )
 
 
 def _score(value: float, metric: str) -> str:

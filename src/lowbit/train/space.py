@@ -10,7 +10,7 @@
       float: {like: [width], set: {quantize.method: float, train.epochs: 3}}     # one for each width
     space:                               # the first value of each makes the first trial
       width: {field: model.width, values: [16, 32, 48]}
-      lr: {field: train.lr, low: 0.03, high: 0.3, log: true}                     # step: and integer: true go with it
+      lr: {field: train.lr, low: 0.03, high: 0.3, log: true, default: 0.1}       # step: and integer: true go with it
       method:                            # a choice may change several fields
         choices:
           sign: {set: {quantize.method: sign}}
@@ -40,7 +40,16 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field, ValidationError, model_validator
 
-from lowbit.train.recipe import Recipe, RecipeError, Strict, assign, explain_validation, flatten, parse_recipe, read_yaml
+from lowbit.train.recipe import (
+    Recipe,
+    RecipeError,
+    Strict,
+    assign,
+    explain_validation,
+    flatten,
+    parse_recipe,
+    read_yaml,
+)
 from lowbit.train.registry import nearest
 from lowbit.train.table import OWNED, START, TEACHER, Cell, Label, hash_recipe
 
@@ -96,6 +105,7 @@ class Dimension(Strict):
         field: dotted key of a recipe's field.
         values: what it may be.
         low, high: the ends of a range, both included.
+        default: the value of a range in the first trial; the lower end where it is left out.
         log: draw the logarithm.
         step: of a grid; with ``integer`` 1 where it is left out.
         integer: whole numbers.
@@ -106,6 +116,7 @@ class Dimension(Strict):
     values: tuple[Any, ...] | None = None
     low: float | None = None
     high: float | None = None
+    default: float | None = None
     log: bool = False
     step: Annotated[float, Field(gt=0)] | None = None
     integer: bool = False
@@ -122,14 +133,20 @@ class Dimension(Strict):
         if self.values is not None and len(set(map(name_of, self.values))) < len(self.values):
             raise ValueError("values: has one of them twice")
         if kinds[2]:
-            if self.low is None or self.high is None or not (math.isfinite(self.low) and self.low < self.high < math.inf):
+            if (
+                self.low is None
+                or self.high is None
+                or not (math.isfinite(self.low) and self.low < self.high < math.inf)
+            ):
                 raise ValueError("a range has low: and high:, low < high")
+            if self.default is not None and not self.low <= self.default <= self.high:
+                raise ValueError("default: lies between low and high")
             if self.log and (self.low <= 0 or self.step is not None):
                 raise ValueError("log: true goes with low > 0 and without step:")
             if self.integer and any(v is not None and v != int(v) for v in (self.low, self.high, self.step)):
                 raise ValueError("integer: true goes with whole low, high and step")
-        elif self.log or self.integer or self.step is not None:
-            raise ValueError("log:, step: and integer: belong to a range, low: and high:")
+        elif self.log or self.integer or self.step is not None or self.default is not None:
+            raise ValueError("log:, step:, integer: and default: belong to a range, low: and high:")
         return self
 
     @property
@@ -146,8 +163,8 @@ class Dimension(Strict):
 
     @property
     def first(self) -> Any:
-        """The first value; of a range the lower end."""
-        return self.ends[0]
+        """The first value; of a range its default."""
+        return self.ends[0] if self.default is None else self._number(self.default)
 
     def _number(self, value: Any) -> float | int:
         return int(value) if self.integer else float(value)
@@ -182,8 +199,10 @@ class Prune(Strict):
 
 
 class TableOut(Strict):
-    """The table that is written at the end: ``set`` changes all of its cells; ``seeds`` of each."""
+    """The table that is written at the end: its ``name``, by default the space's with "-front" behind it; ``set`` changes all of its
+    cells; ``seeds`` of each."""
 
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     seeds: Annotated[int, Field(ge=1)] = 3
 
@@ -216,6 +235,11 @@ class Space:
         return self.config.name
 
     @property
+    def table(self) -> str:
+        """Name of the table that is written at the end."""
+        return self.config.table.name or f"{self.name}-front"
+
+    @property
     def dimensions(self) -> Mapping[str, Dimension]:
         """What may vary, by name."""
         return self.config.space
@@ -240,8 +264,10 @@ class Space:
         for name in names:
             for key, value in self.dimensions[name].choice(params[name]).set.items():
                 before = joined.get(key)
-                both = isinstance(before, dict) and isinstance(value, dict)
-                joined[key] = {**before, **value} if both else value
+                if isinstance(before, dict) and isinstance(value, dict):
+                    joined[key] = {**before, **value}
+                else:
+                    joined[key] = value
         return joined
 
     def needs(self, params: Params) -> dict[str, str]:
@@ -266,7 +292,11 @@ class Space:
         needs = {k: self._cell(r, self.changes_of_run(r, params), runs[r].needs, params) for k, r in starts.items()}
         tree = copy.deepcopy(dict(self.base))
         try:
-            for key, value in {**self.config.set, **changes, **{k: f"run of {c.label}" for k, c in needs.items()}}.items():
+            for key, value in {
+                **self.config.set,
+                **changes,
+                **{k: f"run of {c.label}" for k, c in needs.items()},
+            }.items():
                 assign(tree, key, copy.deepcopy(value), str(self.path))
             recipe = parse_recipe(tree | {"name": f"{self.name}-{label}", "seed": self.config.seed}, str(self.path))
         except SpaceError:
@@ -360,11 +390,10 @@ def _check_runs(space: Space) -> None:
     for name, run in space.config.runs.items():
         if name == TRIAL:
             raise SpaceError(f"{space.path}: runs: {TRIAL!r} is the trials' own name; rename it")
-        for dimension in run.like:
-            if dimension not in space.dimensions:
-                raise SpaceError(
-                    f"{space.path}: runs.{name}.like: no dimension {dimension!r}: {nearest(dimension, list(space.dimensions))}"
-                )
+        for like in run.like:
+            if like not in space.dimensions:
+                known = nearest(like, list(space.dimensions))
+                raise SpaceError(f"{space.path}: runs.{name}.like: no dimension {like!r}: {known}")
         for need in run.needs.values():
             if need not in above:
                 raise SpaceError(f"{space.path}: runs.{name}: no run {need!r} above it: {nearest(need, above)}")

@@ -218,7 +218,7 @@ class Cell:
     @property
     def title(self) -> str:
         """For people."""
-        return f"{self.label} " + re.sub(r"(?<=[a-z])(?=[0-9])", " ", self.run)
+        return f"{self.label} " + re.sub(r"^(seed|try)(?=[0-9])", r"\1 ", self.run)
 
     @property
     def place(self) -> Path:
