@@ -281,6 +281,8 @@ def _psnr(session: Session, graph: Graph, data: DataSource, part: Part, workers:
         around = reach(graph)
     except TileError as error:
         return f"in ONNX Runtime it can't run on tiles of the pictures ({error})"
+    if height <= around.top + around.bottom or width <= around.left + around.right:
+        return f"in ONNX Runtime it reads {height}x{width} pixels, no more than one pixel of its output depends on"
     scores: list[float] = []
     for pair in data.evaluation(part, 1, workers=workers):
         low, high = (v[0, 0].numpy() for v in pair)

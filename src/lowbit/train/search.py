@@ -15,6 +15,7 @@ The search's own numbers choose; nothing is claimed from them: ``table`` makes a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -103,7 +104,6 @@ class _Active:
     params: dict[str, Any]
     cell: Cell
     speed: Speed
-    cost: float
     under_way: Step | None = None
     future: Future[int] | None = None
     descriptor: int = -1
@@ -143,6 +143,9 @@ class Search:
         try:
             self._study = self._open()
             self._rungs = {t.number: dict(t.user_attrs.get("rungs", {})) for t in self.trials}
+            for attrs in (t.user_attrs for t in self.trials):
+                if "network" in attrs:  # equal networks are equally fast, whenever they were measured
+                    self._speeds[attrs["network"]] = Speed(attrs["ms"] / 1e3, attrs["file_bytes"])
         except BaseException:
             self.close()
             raise
@@ -173,13 +176,13 @@ class Search:
                 load_if_exists=True,
             )
             attrs = study.user_attrs
-            if "fingerprint" not in attrs and study.get_trials(deepcopy=False):
-                raise RunError(f"{path}: is a study of something else; give --out another folder")
             if "fingerprint" not in attrs:
+                if any(t.state != TrialState.WAITING for t in study.get_trials(deepcopy=False)):
+                    raise RunError(f"{path}: is a study of something else; give --out another folder")
+                study.enqueue_trial(self.space.first, skip_if_exists=True)
                 study.set_user_attr("space", self.space.identity)
                 study.set_user_attr("data", identity)
                 study.set_user_attr("fingerprint", self.space.fingerprint)  # last: with it the study is ours
-                study.enqueue_trial(self.space.first)
                 return self._sampled(study)
         except DatabaseError as error:
             raise RunError(
@@ -265,11 +268,10 @@ class Search:
         return self._data[key]
 
     def _speed(self, cell: Cell) -> Speed:
-        """Measured once for each network: equal networks are equally fast."""
-        recipe = cell.recipe
-        key = json.dumps([recipe.model.model_dump(mode="json"), recipe.quantize.model_dump(mode="json"), recipe.task])
+        """Measured once for each network."""
+        key = _network(cell)
         if key not in self._speeds:
-            self._speeds[key] = probe_speed(recipe, InputSpec.of(self._data_of(cell)))
+            self._speeds[key] = probe_speed(cell.recipe, InputSpec.of(self._data_of(cell)))
         return self._speeds[key]
 
     def _cost(self, cell: Cell) -> float:
@@ -279,7 +281,11 @@ class Search:
             if each.hash not in self._costs:
                 teacher = each.needs[TEACHER].recipe if TEACHER in each.needs else None
                 self._costs[each.hash] = probe_training(each.recipe, self._data_of(each), teacher)
-            if self._look(each).action != Action.done:
+            action = self._look(each).action
+            if action == Action.resume:
+                run = read_run(self.places.run_dir(each))
+                total += self._costs[each.hash] * (1 - run["epochs_done"] / run["epochs"])
+            elif action != Action.done:
                 total += self._costs[each.hash]
         return total
 
@@ -386,6 +392,7 @@ class Search:
             speed = self._speed(cell)
             trial.set_user_attr("ms", 1e3 * speed.seconds)
             trial.set_user_attr("file_bytes", speed.file_bytes)
+            trial.set_user_attr("network", _network(cell))
             limit = self.space.config.limit_ms
             if limit is not None and 1e3 * speed.seconds > limit:
                 why = f"{1e3 * speed.seconds:.3g} ms: slower than the limit of {limit:g}"
@@ -401,9 +408,9 @@ class Search:
             self._too_long += 1
             self._open_for_more = self._too_long < TOO_LONG
             return
-        trial.set_user_attr("estimate", cost)
+        trial.set_user_attr("estimate", self._costs[cell.hash])
         self._left -= 1
-        self._active.append(_Active(trial, params, cell, speed, cost))
+        self._active.append(_Active(trial, params, cell, speed))
         self.on_event(Event("start", trial.number, f"{_words(params)}; {1e3 * speed.seconds:.3g} ms"))
 
     def _same_as(self, cell: Cell) -> FrozenTrial | _Active | None:
@@ -602,6 +609,13 @@ def _suggest(trial: optuna.Trial, name: str, d: Dimension) -> Any:
     if d.integer:
         return trial.suggest_int(name, int(d.low), int(d.high), step=int(d.step or 1), log=d.log)
     return trial.suggest_float(name, d.low, d.high, step=d.step, log=d.log)
+
+
+def _network(cell: Cell) -> str:
+    """What tells a trial's network from others, its weights apart."""
+    recipe = cell.recipe
+    plain = [recipe.task, recipe.model.model_dump(mode="json"), recipe.quantize.model_dump(mode="json")]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _words(params: Mapping[str, Any]) -> str:

@@ -92,9 +92,11 @@ def _trials(search: Search) -> dict[str, Any]:
 
 def counts(search: Search) -> str:
     """How many trials ended how, in words."""
-    states = [t.state.name for t in search.trials]
-    named = (("COMPLETE", "trained"), ("PRUNED", "stopped or skipped"), ("FAIL", "failed or put back"))
-    return ", ".join(f"{states.count(state)} {words}" for state, words in named)
+    states = [t.state.name for t in search.trials if "same_as" not in t.user_attrs]
+    named = (("COMPLETE", "trained"), ("PRUNED", "stopped or too slow"), ("FAIL", "failed or put back"))
+    said = ", ".join(f"{states.count(state)} {words}" for state, words in named)
+    same = len(search.trials) - len(states)
+    return said + (f", {same} proposed again" if same else "")
 
 
 def _markdown(search: Search) -> str:
@@ -103,8 +105,9 @@ def _markdown(search: Search) -> str:
     rule = ["---", *["---:"] * (len(rows[0]) - 1)]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
     note = (
-        f"{len(search.trials)} trials: {counts(search)}. One seed each, scored on the held-out images that chose them: these numbers are "
-        f"too good, and nothing is claimed from them. `lowbit compare tables/{space.table}.yaml` measures the table of these points over seeds."
+        f"{len(search.trials)} trials: {counts(search)}. One seed each, scored on the held-out images that chose them: these numbers "
+        f"are too good, and nothing is claimed from them. `lowbit compare tables/{space.table}.yaml` measures the table of these "
+        "points over seeds."
     )
     return f"### {space.config.title or space.name}: front of a search\n\n{table}\n\n{note}\n"
 
