@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+from concurrent.futures import Future
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from lowbit.train.cells import Places
 from lowbit.train.data.superres import Pair
 from lowbit.train.front import beaten_by, figure, footnote, front_rows, hover, read_front, resolve
 from lowbit.train.labels import Label, place
+from lowbit.train.recipe import load_recipe
 from lowbit.train.rundir import RunError, write_json
 from lowbit.train.table import Table, load_table
 from lowbit.train.tasks.superres import psnr
-from lowbit.train.workers import LocalExecutor
+from lowbit.train.trainer import train
+from lowbit.train.workers import Job
 from lowbit.upscale import Upscaler
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -54,6 +57,13 @@ def test_beaten_by_on_every_small_case() -> None:
 def test_equal_points_stand_together() -> None:
     assert beaten_by([0.9, 0.9, 0.9, 0.8], [1.0, 1.0, 2.0, 1.0]) == [None, None, 0, 0]
     assert beaten_by([0.9, 0.95, 0.99], [1.0, 1.0, 1.0]) == [2, 2, None]
+
+
+def test_costs_that_noise_decides() -> None:
+    assert beaten_by([0.9, 0.91], [1.0, 1.015], 0.02) == [1, None]
+    assert beaten_by([0.9, 0.91], [1.0, 1.025], 0.02) == [None, None]
+    assert beaten_by([0.9, 0.9], [1.0, 1.015], 0.02) == [None, None]
+    assert beaten_by([0.9, 0.91, 0.92], [1.0, 1.015, 1.03], 0.02) == [2, 2, None], "who is named stands on the front"
 
 
 # ------------------------------------------------------------------------------------------ what was measured
@@ -118,9 +128,10 @@ def test_points_and_who_beats_them() -> None:
     int8 = found["points"][-1]
     assert (round(int8["mean"], 12), round(int8["sd"], 12), int8["n"]) == (0.91, 0.01, 3), "its own score, not float's"
     assert front_rows(found, "accuracy")[1:3] == [
-        ["fast", "88.00 +- 0.20", "3", "0.100", "0.090 .. 0.120", "5.00", "front", "front"],
+        ["fast", "88.00 +- 0.20", "3", "0.100", "0.0900 .. 0.120", "5.00", "front", "front"],
         ["worse", "87.00 +- 0.20", "3", "0.150", "0.135 .. 0.180", "4.00", "by fast", "front"],
     ]
+    assert "4 files proved: 0 of 400 integers differ" in footnote(found)
     assert hover(found["points"][2], "accuracy").splitlines() == [
         "worse, lowbit",
         "87.00 ± 0.20 %, 3 seeds",
@@ -204,6 +215,7 @@ class Elsewhere(HTMLParser):
 
 # ------------------------------------------------------------------------------------------ for real
 
+FLOAT = {"method": "float", "weight_bits": 32, "activation_bits": 32, "edges": "float"}
 TABLE: dict[str, Any] = {
     "name": "tiny",
     "recipe": {
@@ -212,9 +224,27 @@ TABLE: dict[str, Any] = {
         "data": {"name": "image_folder", "root": "DATA", "size": 8, "channels": 1},
         "train": {"epochs": 2, "batch_size": 8, "lr": 0.05, "device": "cpu"},
     },
-    "cells": {"sign": {}, "float": {"set": {"quantize": {"method": "float", "edges": "float"}}, "seeds": 2}},
+    "cells": {"sign": {}, "float": {"set": {"quantize": FLOAT}, "seeds": 2}},
     "seeds": 1,
 }
+
+
+class Here:
+    """An executor that trains in this process, one after the other."""
+
+    slots = 1
+
+    def submit(self, job: Job) -> Future[int]:
+        train(load_recipe(job.recipe), job.run_dir, test=job.test)
+        future: Future[int] = Future()
+        future.set_result(0)
+        return future
+
+    def interrupt(self, run_dir: Path) -> None:
+        raise AssertionError(run_dir)
+
+    def stop(self) -> None:
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +262,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Table, Places, d
     path.write_text(yaml.safe_dump({**TABLE, "recipe": recipe}, sort_keys=False))
     table, places = load_table(path), Places(folder / "runs", folder / "results" / "tiny")
     steps = cells.plan(table.cells(), places)
-    assert not compare.run("tiny", steps, places, LocalExecutor(2, "cpu"))
+    assert not compare.run("tiny", steps, places, Here())
     lines: list[str] = []
     results = cells.read_results(table.cells(), places)
     found = measure_front.measure(table, table.cells(), results, places, repeats=3, on_progress=lines.append)

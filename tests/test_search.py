@@ -386,10 +386,14 @@ def test_a_search_that_was_killed_goes_on(path: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_probes")
 def test_the_end_of_the_time_and_an_interrupt_put_back(path: Path, tmp_path: Path) -> None:
     space, out = load_space(path), tmp_path / "out"
-    executor = MadeUp(seconds=0.3)
-    with Search(space, out, executor) as search:
-        search._pace = lambda: 0.0  # type: ignore[method-assign]
-        search.run(0.01)
+    executor = MadeUp(seconds=0.05)
+
+    def late(event: Event) -> None:
+        if event.kind == "epoch":
+            search._end_at = time.monotonic() - 1
+
+    with Search(space, out, executor, late) as search:
+        search.run(60)
     assert executor.stopped
     (first, *_) = study(out)
     assert (first.state, first.user_attrs["why"]) == (TrialState.FAIL, "the time was over")
@@ -467,9 +471,7 @@ def test_searches_that_cannot_be(path: Path, images: Path, tmp_path: Path) -> No
     picture = next((images / "train" / "dark").iterdir())
     renamed = picture.rename(picture.with_name("another.png"))
     try:
-        with pytest.raises(
-            RunError, match=r"small: was trained on other data \(other files or labels\); give it that again"
-        ):
+        with pytest.raises(RunError, match=r"small: was trained on other data \(.*\); give it that again"):
             Search(space, out, MadeUp())
     finally:
         renamed.rename(picture)
@@ -515,7 +517,7 @@ def test_the_command_killed_and_resumed(path: Path, tmp_path: Path) -> None:
     """A search in a process of its own, killed with its worker while it trains, goes on."""
     alter(path, space={"width": {"field": "model.width", "values": [4, 8]}}, runs={}, set={"train.epochs": 25})
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "lowbit", "search", path.name, "--out", "out", "--jobs", "1", "--trials", "2"]
+    command = [sys.executable, "-m", "lowbit", "search", path.name, "--out", "out", "--jobs", "1", "--trials", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -528,15 +530,13 @@ def test_the_command_killed_and_resumed(path: Path, tmp_path: Path) -> None:
     assert [t.state for t in study(out)] == [TrialState.RUNNING]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    states = [t.state for t in study(out)]
-    assert states[0] == TrialState.FAIL
-    trained = [t for t in study(out) if t.state == TrialState.COMPLETE and "same_as" not in t.user_attrs]
-    assert sorted(t.params["width"] for t in trained) == ["4", "8"]
+    assert [t.state for t in study(out)][:2] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert study(out)[1].params == {"width": "4"}
     assert "trial 0: put back: the search was killed" in done.stderr
     assert "front: " in done.stderr
     runs = [json.loads(p.read_text()) for p in out.glob("trial/*/run.json")]
-    assert [run["status"] for run in runs] == ["finished", "finished"]
-    assert load_table(out / "tables" / "tiny-front.yaml").labels
+    assert [run["status"] for run in runs] == ["finished"]
+    assert load_table(out / "tables" / "tiny-front.yaml").labels == ("trial1",)
     assert "next: lowbit compare out/tables/tiny-front.yaml --front" in done.stdout
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -41,28 +42,39 @@ _COLORS: Final = {"lowbit": page.BLUE, "ort-fp32": page.ORANGE, "ort-int8": "#8a
 _MARKERS: Final = {"lowbit": "o", "ort-fp32": "s", "ort-int8": "D"}
 COSTS: Final = {"seconds": ("time", "ms"), "bytes": ("size", "kB")}
 """What a point costs: name for people, and unit."""
+SAME: Final = 0.02
+"""Times and sizes that differ by no more than this share count as equal: the clock is no better, and a file holds names."""
 _SCALE: Final = {"seconds": 1e3, "bytes": 1e-3}
 
 
-def beaten_by(scores: Sequence[float], costs: Sequence[float]) -> list[int | None]:
+def beaten_by(scores: Sequence[float], costs: Sequence[float], same: float = 0.0) -> list[int | None]:
     """For each point the one that beats it; None for those on the front.
 
-    i beats j where ``scores[i] >= scores[j]`` and ``costs[i] <= costs[j]``, and one of the two is not an equality: points that are
-    equal in both stand on the front together. Of several the one with the highest score is named, then the cheapest,
-    then the first, which stands on the front itself.
+    i beats j where it is no worse in both, and better in one: ``scores[i] >= scores[j]`` and ``costs[i] <= costs[j]``, not both equal.
+    Points that are equal in both stand on the front together. Of several the one with the highest score is named, then the
+    cheapest, then the first; it stands on the front itself.
 
     Args:
         scores: larger is better.
         costs: smaller is better.
+        same: costs that differ by no more than this share count as equal: what noise decides is no advantage.
     """
 
     def beats(i: int, j: int) -> bool:
-        no_worse = scores[i] >= scores[j] and costs[i] <= costs[j]
-        return no_worse and (scores[i] > scores[j] or costs[i] < costs[j])
+        no_worse = scores[i] >= scores[j] and costs[i] <= costs[j] * (1 + same)
+        return no_worse and (scores[i] > scores[j] or costs[i] * (1 + same) < costs[j])
 
     count = range(len(scores))
     better = [[i for i in count if beats(i, j)] for j in count]
-    return [min(them, key=lambda i: (-scores[i], costs[i], i)) if them else None for them in better]
+    best = [min(them, key=lambda i: (-scores[i], costs[i], i)) if them else None for them in better]
+
+    def on_front(i: int) -> int:
+        # each step has a higher score, or the same and a lower cost: it ends
+        while (above := best[i]) is not None:
+            i = above
+        return i
+
+    return [None if i is None else on_front(i) for i in best]
 
 
 def read_front(path: Path) -> dict[str, Any] | None:
@@ -126,7 +138,7 @@ def resolve(
         points.append({"name": name, **kept, "mean": mean, "sd": sd, "n": n})
     scores = [point["mean"] for point in points]
     for key, (title, _) in COSTS.items():
-        for point, other in zip(points, beaten_by(scores, [_cost(p, key) for p in points]), strict=True):
+        for point, other in zip(points, beaten_by(scores, [_cost(p, key) for p in points], SAME), strict=True):
             point[f"{title}_beaten_by"] = None if other is None else points[other]["name"]
     there = {point["cell"] for point in points} | set(stale)
     told = ("date", "code", "machine", "versions", "isa", "threads", "repeats", "input", "trusted", "warnings")
@@ -146,15 +158,9 @@ def _cost(point: Mapping[str, Any], key: str) -> float:
 
 def digits(value: float) -> str:
     """Three significant digits, without an exponent."""
-    return (
-        f"{value:.0f}"
-        if value >= 100
-        else f"{value:.1f}"
-        if value >= 10
-        else f"{value:.2f}"
-        if value >= 1
-        else f"{value:.3f}"
-    )
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.{2 - math.floor(math.log10(value))}f}" if value > 0 else "0"
 
 
 def _score(point: Mapping[str, Any], metric: str) -> str:
@@ -201,10 +207,16 @@ def footnote(found: Mapping[str, Any]) -> str:
     said = (
         f"Times are medians of one call for one input ({what(found['input'])}), {found['repeats']} samples of each network in "
         f"turn in one run, pinned ({on}; {versions}; {found['date'][:10]}). A point is beaten (by which, is said) where another one "
-        "is no worse in both and better in one; means are compared, whose deviations over seeds are given. kB (1,000 bytes) "
-        "are of the file: .lowbit, or .onnx."
+        f"is no worse in both and better in one; times and sizes within {SAME:.0%} count as equal, and scores are means, whose deviations "
+        "over seeds are given. kB (1,000 bytes) are of the file: .lowbit, or .onnx."
     )
     parts = [said]
+    proofs = [point["proof"] for point in found["points"] if point["proof"]]
+    if proofs:
+        differ, compared = (sum(proof[key] for proof in proofs) for key in ("integers_differ", "integers"))
+        parts.append(
+            f"{len(proofs)} files proved: {differ:,} of {compared:,} integers differ between interpreter and engine."
+        )
     doubts = [*([] if found["trusted"] else ["The machine was not quiet: times are to be doubted."])]
     if found["stale"]:
         doubts.append(

@@ -48,6 +48,9 @@ PEERS: Final = ("ort-fp32", "ort-int8")
 CALIBRATION: Final = 512
 """Training images (of super-resolution 16 crops of held-out pictures) that 8-bit ranges are measured on."""
 
+_CHECKED: Final = 4
+"""Inputs on which the float twin of a float network is held against our engine."""
+
 _PROOF: Final = (
     "inputs",
     "integers",
@@ -140,7 +143,12 @@ def measure(
                 on_progress(f"{cell.title} in ONNX Runtime")
                 own = cell.key == network.cell.key
                 graph = network.graph if own else _frozen(places.run_dir(cell), network.graph)
-                sessions, failures = open_all(peers, graph, 1, 1, _examples(data, graph, cell))
+                examples = _examples(data, graph, cell)
+                sessions, failures = open_all(peers, graph, 1, 1, examples)
+                if "ort-fp32" in sessions and _float(graph) and not _same(graph, sessions["ort-fp32"], examples):
+                    raise RunError(
+                        f"{cell.title}: ONNX Runtime computes something else than our engine; there is no front to draw"
+                    )
                 if own:
                     network.sessions = sessions
                     left_out += [f"{cell.label}: {text}" for text in failures]
@@ -229,9 +237,36 @@ def _network(cell: Cell, places: Places) -> _Network:
 
 
 def _low_bit(graph: Graph) -> bool:
-    """Whether a layer's weights have fewer than 8 bits."""
-    weights = [graph.tensors[node.params["weight"]] for node in graph.nodes if node.op in ("conv2d", "linear")]
-    return any(tensor.codes is not None and tensor.codes.bits < 8 for tensor in weights)
+    """Whether weights or activations of a layer have fewer than 8 bits."""
+    codes = [tensor.codes for tensor in graph.tensors.values() if tensor.codes is not None]
+    return any(c.bits < 8 for c in codes) or any(n.attrs["bits"] < 8 for n in graph.nodes if n.op == "quantize")
+
+
+def _float(graph: Graph) -> bool:
+    """Whether nothing in it is quantized, so that the float twin is the same network."""
+    return not any(node.op == "quantize" for node in graph.nodes) and all(
+        t.codes is None for t in graph.tensors.values()
+    )
+
+
+def _same(graph: Graph, session: Session, examples: Array) -> bool:
+    """Whether the peer computes what our engine does, but for rounding."""
+    shape = graph.input.attrs["shape"]
+    zero = np.asarray(graph.input.attrs.get("zero_point", 0), np.float32)
+    engine = load(graph, threads=1)
+    for x in examples[:_CHECKED]:
+        y = x.transpose(1, 2, 0).reshape(shape) if x.ndim == 3 else x
+        y = (y + zero).astype(engine.input_dtype)[None]
+        ours = _channels_first(np.asarray(engine(np.ascontiguousarray(y))))
+        theirs = session.answer(x[None])
+        if not np.allclose(ours, theirs, rtol=0, atol=1e-3 * float(np.abs(ours).max())):
+            return False
+    return True
+
+
+def _channels_first(y: Array) -> Array:
+    """(N, H, W, C) as (N, C, H, W); vectors as they are."""
+    return y.transpose(0, 3, 1, 2) if y.ndim == 4 else y
 
 
 def _frozen(run_dir: Path, like: Graph) -> Graph:

@@ -6,8 +6,8 @@
     recipe: ../fashion-mnist/x.yaml      # relative to this file; or a recipe written out here
     set: {train.epochs: 6}               # changes of every trial, by dotted key
     runs:                                # trained first, once for all trials that start from the same
-      teacher: {set: {quantize.method: float}}
-      float: {like: [width], set: {quantize.method: float, train.epochs: 3}}     # one for each width
+      teacher: {set: {quantize: {method: float, weight_bits: 32, activation_bits: 32}}}
+      dorefa: {like: [width], set: {quantize.method: dorefa, train.epochs: 3}}   # one for each width
     space:                               # the first value of each makes the first trial
       width: {field: model.width, values: [16, 32, 48]}
       lr: {field: train.lr, low: 0.03, high: 0.3, log: true, default: 0.1}       # step: and integer: true go with it
@@ -15,7 +15,7 @@
         choices:
           sign: {set: {quantize.method: sign}}
           slb: {set: {quantize.method: slb, schedule.growth: 100}}
-      start: {choices: {random: {}, float: {after: float}}}                      # as in tables: after, start, teacher
+      start: {choices: {random: {}, dorefa: {after: dorefa}}}                    # as in tables: after, start, teacher
     prune: {rungs: [2, 4], margin: 1.0}  # epochs; points (or dB) by which one that is no slower was better there
     limit_ms: 0.5                        # a slower network is not trained
     seed: 1000                           # of every trial
