@@ -504,7 +504,7 @@ class Search:
             self._fail(trial, str(error))
             return
         own = step.cell is active.cell
-        if code == 0:
+        if code == 0 or self._look(step.cell).action == Action.done:  # 1 where pictures were passed over
             self._advance()
         elif own and active.pruned:
             self._drop(active)
