@@ -54,7 +54,10 @@ TREE: dict[str, Any] = {
         "lr": {"field": "train.lr", "low": 0.02, "high": 0.2, "log": True, "default": 0.05},
     },
     "prune": {"rungs": [1, 2], "margin": 5.0},
-    "table": {"set": {"train.final": True, "train.epochs": 3}},
+    "table": {
+        "set": {"train.final": True, "train.epochs": 3},
+        "cells": {"twin": {"set": {"quantize": {"method": "float", "edges": "float"}}}},
+    },
 }
 
 
@@ -113,6 +116,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"set": {"train.validate_every": 2}}, "prune.rungs: nothing is evaluated after epoch 1"),
         ({"space": {"a": {"field": "seed", "values": [1]}}}, "space.a: 'seed' is filled in by the search"),
         ({"recipe": "nowhere.yaml"}, "recipe: .*nowhere.yaml: can't read"),
+        ({"table": {"cells": {"float": {}}}}, "table.cells: 'float' is a name of the table's other cells"),
         ({"recipe": 3}, "recipe: is a recipe written out"),
     ],
 )
@@ -439,6 +443,7 @@ def test_what_trials_start_from_is_trained_once(path: Path, tmp_path: Path) -> N
     assert kept["front"] == [int(row[0]) for row in rows[1:]]
     table = load_table(paths[-1])
     assert table.config.seeds == 3
+    assert table.cell("twin", 0).recipe.quantize.method == "float"
     for number in kept["front"]:
         params = study(out)[number].params
         recipe = table.cell(f"trial{number}", 0).recipe
@@ -457,7 +462,7 @@ def test_searches_that_cannot_be(path: Path, images: Path, tmp_path: Path) -> No
     space, out = load_space(path), tmp_path / "out"
     with Search(space, out, MadeUp()) as search:
         with pytest.raises(
-            RunError, match=r"0\.1 minutes are too few for one trial: .*about 0\.7 minutes.*--minutes 2"
+            RunError, match=r"0\.1 minutes are too few for one trial: .*about 0\.7 minutes.*--minutes 1"
         ):
             search.run(0.1)
         with pytest.raises(RunError, match="another search runs here"):
@@ -536,7 +541,7 @@ def test_the_command_killed_and_resumed(path: Path, tmp_path: Path) -> None:
     assert "front: " in done.stderr
     runs = [json.loads(p.read_text()) for p in out.glob("trial/*/run.json")]
     assert [run["status"] for run in runs] == ["finished"]
-    assert load_table(out / "tables" / "tiny-front.yaml").labels == ("trial1",)
+    assert load_table(out / "tables" / "tiny-front.yaml").labels == ("trial1", "twin")
     assert "next: lowbit compare out/tables/tiny-front.yaml --front" in done.stdout
 
 

@@ -38,7 +38,7 @@ from lowbit.train.cells import Action, Places, Step, look
 from lowbit.train.compare import exit_status, interruptible, last_words, launch
 from lowbit.train.data import DataSource
 from lowbit.train.freeze import FreezeError
-from lowbit.train.front import beaten_by
+from lowbit.train.front import SAME, beaten_by
 from lowbit.train.probe import Speed, probe_speed, probe_training
 from lowbit.train.recipe import RecipeError
 from lowbit.train.rundir import InputSpec, RunError, check_same_data, fingerprint, read_metrics, read_run
@@ -232,7 +232,7 @@ class Search:
     def front(self) -> list[Found]:
         """Those that no other one beats, fastest first."""
         found = self.found
-        beaten = beaten_by([f.score for f in found], [f.seconds for f in found])
+        beaten = beaten_by([f.score for f in found], [f.seconds for f in found], SAME)
         best = [f for f, other in zip(found, beaten, strict=True) if other is None]
         return sorted(best, key=lambda f: (f.seconds, f.number))
 
@@ -316,7 +316,7 @@ class Search:
         if seconds > 60 * minutes:
             raise RunError(
                 f"{minutes:g} minutes are too few for one trial: {_words(params)} takes about {seconds / 60:.1f} minutes "
-                f"here (a few steps were timed); give --minutes {math.ceil(seconds / 60) + 1} or more, or a space with smaller ones first"
+                f"here (a few steps were timed); give --minutes {math.ceil(1.25 * seconds / 60)} or more, or a space with smaller ones first"
             )
         return seconds
 
@@ -588,7 +588,7 @@ class Search:
                 for number, theirs in self._rungs.items()
                 if number != active.trial.number
                 and theirs.get("epochs") == own["epochs"]
-                and speeds.get(number, math.inf) <= 1e3 * active.speed.seconds
+                and speeds.get(number, math.inf) <= 1e3 * active.speed.seconds * (1 + SAME)
                 and theirs.get(rung, -math.inf) >= own[rung] + margin
             ]
             if rivals:

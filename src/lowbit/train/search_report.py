@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -11,8 +12,8 @@ from matplotlib.figure import Figure
 
 import lowbit.page as page
 from lowbit.files import write_atomic
-from lowbit.train.front import beaten_by, digits, log_axis, png_bytes
-from lowbit.train.labels import Label, place
+from lowbit.train.front import SAME, beaten_by, digits, log_axis, png_bytes
+from lowbit.train.labels import Label, Line, place
 from lowbit.train.rundir import now, write_json, write_text
 from lowbit.train.search import Found, Search
 from lowbit.train.space import Params, Space
@@ -118,7 +119,7 @@ def _figure(search: Search) -> Figure:
     figure = Figure(figsize=(8.4, 5.4), layout="constrained")
     axes = figure.subplots()
     costs, scores = [1e3 * f.seconds for f in found], [factor * f.score for f in found]
-    best = [other is None for other in beaten_by(scores, costs)]
+    best = [other is None for other in beaten_by(scores, costs, SAME)]
     styles: tuple[tuple[bool, dict[str, Any]], ...] = ((False, {"fillstyle": "none", "alpha": 0.6}), (True, {}))
     for on_front, style in styles:
         chosen = [i for i, b in enumerate(best) if b is on_front]
@@ -132,7 +133,10 @@ def _figure(search: Search) -> Figure:
     name = unit(search.metric)[0]
     axes.set_ylabel(f"held-out {search.metric} ({name})" if name else f"held-out {search.metric}")
     labels = [Label(str(f.number), costs[i], scores[i], {"fontsize": 9}) for i, f in enumerate(found) if best[i]]
-    place(axes, labels)
+    lines: list[Line] = []
+    for (x0, y0), (x1, y1) in itertools.pairwise(stairs):
+        lines += [((x0, y0), (x1, y0)), ((x1, y0), (x1, y1))]
+    place(axes, labels, lines)
     return figure
 
 
@@ -186,8 +190,6 @@ def table_text(search: Search) -> str:
     for found in search.front:
         score = f"{unit(search.metric)[1] * found.score:.2f} {unit(search.metric)[0]}".strip()
         cells.add(found, f"{digits(1e3 * found.seconds)} ms, {score} held out, one seed: {_params(found.params)}")
-    base = dict(space.base)
-    recipe = {**base}
     head = {
         "name": space.table,
         "title": f"{space.config.title or space.name}: the front of a search",
@@ -195,9 +197,11 @@ def table_text(search: Search) -> str:
             f"The points that `lowbit search` found on the front ({len(search.trials)} trials), to be measured over seeds; what they start "
             "from stands beside them."
         ),
-        "recipe": recipe,
+        "recipe": dict(space.base),
         "set": {**space.config.set, **space.config.table.set},
     }
+    for label, config in space.config.table.cells.items():
+        cells.cells[label] = config.model_dump(mode="json", exclude_defaults=True)
     lines = [_dump(head).rstrip(), "cells:"]
     for label, config in cells.cells.items():
         if label in cells.notes:

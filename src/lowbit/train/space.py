@@ -19,7 +19,10 @@
     prune: {rungs: [2, 4], margin: 1.0}  # epochs; points (or dB) by which one that is no slower was better there
     limit_ms: 0.5                        # a slower network is not trained
     seed: 1000                           # of every trial
-    table: {set: {train.final: true}, seeds: 3}                                  # of the table that is written at the end
+    table:                               # of the table that is written at the end
+      set: {train.final: true}
+      seeds: 3
+      cells: {twin: {set: {quantize.method: float}}}                             # beside those of the front
 
 A trial's recipe is the recipe, ``set``, then the space's changes in their order. Two dimensions may not change the same
 field, unless both give a mapping: then these are joined (``quantize.overrides``, layer by layer).
@@ -51,7 +54,7 @@ from lowbit.train.recipe import (
     read_yaml,
 )
 from lowbit.train.registry import nearest
-from lowbit.train.table import OWNED, START, TEACHER, Cell, Label, hash_recipe
+from lowbit.train.table import OWNED, START, TEACHER, Cell, CellConfig, Label, hash_recipe
 
 __all__ = ["Dimension", "Prune", "Space", "SpaceError", "load_space"]
 
@@ -200,11 +203,12 @@ class Prune(Strict):
 
 class TableOut(Strict):
     """The table that is written at the end: its ``name``, by default the space's with "-front" behind it; ``set`` changes all of its
-    cells; ``seeds`` of each."""
+    cells; ``seeds`` of each; ``cells`` are written out as they are, beside those of the front: float twins, say."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     seeds: Annotated[int, Field(ge=1)] = 3
+    cells: dict[Label, CellConfig] = Field(default_factory=dict)
 
 
 class _SpaceConfig(Strict):
@@ -398,6 +402,9 @@ def _check_runs(space: Space) -> None:
             if need not in above:
                 raise SpaceError(f"{space.path}: runs.{name}: no run {need!r} above it: {nearest(need, above)}")
         above.append(name)
+    for label in space.config.table.cells:
+        if label in above or label.startswith(TRIAL):
+            raise SpaceError(f"{space.path}: table.cells: {label!r} is a name of the table's other cells; rename it")
     for name, dimension in space.dimensions.items():
         for choice in map(dimension.choice, dimension.ends):
             for need in choice.needs.values():
