@@ -316,7 +316,7 @@ class Search:
         if seconds > 60 * minutes:
             raise RunError(
                 f"{minutes:g} minutes are too few for one trial: {_words(params)} takes about {seconds / 60:.1f} minutes "
-                f"here (a few steps were timed); give --minutes {math.ceil(1.25 * seconds / 60)} or more, or a space with smaller ones first"
+                f"here (a few steps were timed); give --minutes {math.ceil(1.25 * seconds / 60)} or more, or a smaller one first"
             )
         return seconds
 

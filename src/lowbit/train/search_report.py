@@ -200,8 +200,8 @@ def table_text(search: Search) -> str:
         "recipe": dict(space.base),
         "set": {**space.config.set, **space.config.table.set},
     }
-    for label, config in space.config.table.cells.items():
-        cells.cells[label] = config.model_dump(mode="json", exclude_defaults=True)
+    for label, beside in space.config.table.cells.items():
+        cells.cells[label] = beside.model_dump(mode="json", exclude_defaults=True)
     lines = [_dump(head).rstrip(), "cells:"]
     for label, config in cells.cells.items():
         if label in cells.notes:
