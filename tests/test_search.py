@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy
 import yaml
 from optuna.trial import TrialState
 from PIL import Image
@@ -235,14 +237,21 @@ class MadeUp:
 
 
 @pytest.fixture
-def no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """0.01 ms for each channel; 40 seconds of training an epoch."""
+def no_probes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """0.01 ms for each channel; 10 seconds of training an epoch; a study that does not wait for the disk."""
     monkeypatch.setattr(
         "lowbit.train.search.probe_speed",
         lambda recipe, _: Speed(1e-5 * recipe.model.arguments["width"], 1000 * recipe.model.arguments["width"]),
     )
     monkeypatch.setattr("lowbit.train.search.probe_training", lambda recipe, *_: 10.0 * recipe.train.epochs)
     monkeypatch.setattr("lowbit.train.search.POLL_SECONDS", 0.005)
+
+    def hasty(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA synchronous=OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", hasty)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.Engine, "connect", hasty)
 
 
 @pytest.fixture
