@@ -362,7 +362,7 @@ def test_few_channels(channels: int, filters: int, side: int) -> None:
         (Codes("unsigned", 2), Codes("bipolar", 1), 64, 64, {}),
         (Codes("unsigned", 4), Codes("bipolar", 1), 512, 192, {}),  # sums beyond 16 bits
         (Codes("unsigned", 4), Codes("bipolar", 2), 130, 256, {"stride": (2, 2)}),
-        (Codes("unsigned", 1), Codes("bipolar", 1), 301, 512, {"kernel": (1, 1), "padding": (0,) * 4}),
+        (Codes("unsigned", 1), Codes("bipolar", 2), 301, 512, {"kernel": (1, 1), "padding": (0,) * 4}),
         (Codes("unsigned", 3), Codes("signed", 2), 61, 129, {"kernel": (5, 5), "padding": (2, 1, 2, 0)}),
         (Codes("signed", 4), Codes("bipolar", 2), 48, 256, {"dilation": (2, 1)}),
         (Codes("unsigned", 3), Codes("bipolar", 1), 31, 320, {"kernel": (2, 7), "padding": (1, 3, 0, 3)}),
@@ -393,6 +393,52 @@ def test_tables(x: Codes, w: Codes, channels: int, filters: int, attrs: dict[str
             shared = load(graph, threads=2, isa=isa)
             shared._native._debug_always_share()
             assert not difference(shared, batch, output, values)
+
+
+@pytest.mark.parametrize(
+    ("channels", "filters", "groups"), [(3, 5, 1), (16, 16, 1), (40, 70, 1), (64, 128, 2), (129, 64, 1)]
+)
+@pytest.mark.parametrize("ends", ["threshold", "stream"])
+def test_codes_0_and_1(channels: int, filters: int, groups: int, ends: str) -> None:
+    """DoReFa's 1-bit activations are counted like signs: padding, borders, pooled codes, thresholds, a sum behind."""
+    rng = np.random.default_rng(SEED + channels)
+    codes = {"kind": "unsigned", "bits": 1, "reciprocal": float(np.float32(1.7))}
+    geometry = {"stride": (1, 1), "dilation": (1, 1), "groups": groups, "padding": (1, 1, 1, 1)}
+    nodes = [
+        Node("input", "x", attrs={"shape": (9, 10, channels), "dtype": "float32"}),
+        Node("quantize", "q", ("x",), attrs=codes),
+        Node("max_pool", "p", ("q",), attrs={"kernel": (2, 2), "stride": (1, 1), "padding": (0,) * 4}),
+        Node("conv2d", "c", ("p",), {"weight": "w"}, geometry),
+        Node("mul", "m", ("c",), {"factor": "f"}),
+        Node("add", "a", ("m",), {"term": "t"}),
+    ]
+    if ends == "stream":
+        nodes += [Node("cast", "h", ("a",), attrs={"dtype": "float16"}), Node("add", "a2", ("h", "h"))]
+    nodes += [
+        Node("quantize", "s", (nodes[-1].name,), attrs=codes),
+        Node("conv2d", "d", ("s",), {"weight": "v"}, {**geometry, "groups": 1, "stride": (2, 1)}),
+        Node("mul", "r", ("d",), {"factor": "half"}),
+        Node("output", "y", ("r",)),
+    ]
+    tensors = {
+        "half": Tensor(np.full(1, 1e-45)),  # half of it is no number: the factor of 0.5 stays a step
+        "w": signs(rng, filters, 3, 3, channels // groups),
+        "v": signs(rng, 33, 3, 3, filters),
+        "f": Tensor(rng.normal(size=filters) * 0.1),
+        "t": Tensor(rng.normal(size=filters)),
+    }
+    graph = Graph(tuple(nodes), tensors)
+    batch = rng.normal(size=(3, 9, 10, channels)).astype(np.float32)
+    batch[0] = 0.5 / np.float32(1.7)  # a product near the tie at 0.5, which goes to 0
+    output, values = run(graph, batch, trace=True)
+    assert 0.1 < values["s"].mean() < 0.9
+    for isa in AVAILABLE:
+        for threads in range(1, min(CORES, 2) + 1):
+            engine = load(graph, threads=threads, isa=isa)
+            engine._native._debug_always_share()
+            kernels = [step["kernel"] for step in engine.plan if step["kernel"].startswith("bit_conv")]
+            assert kernels == ["bit_conv+threshold" if ends == "threshold" else "bit_conv", "bit_conv"], engine.plan
+            assert not difference(engine, batch, output, values)
 
 
 @pytest.mark.parametrize("x", [Codes("unsigned", 2), Codes("unsigned", 4)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ from lowbit.train.recipe import (
     parse_recipe,
 )
 from lowbit.train.rundir import InputSpec, columns
+from lowbit.train.space import load_space
 from lowbit.train.table import Cell, load_table
 from lowbit.train.tasks import TASKS
 from lowbit.train.trainer import load_data
@@ -41,7 +43,8 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "recipes"
 TABLES = sorted((FOLDER / "tables").glob("*.yaml"))
 PAPERS = [path for start in ("slb-", "lns-", "compared-") for path in TABLES if path.stem.startswith(start)]
-RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path not in TABLES)
+SPACES = sorted((FOLDER / "search").glob("*.yaml"))
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path not in TABLES + SPACES)
 
 pytestmark = pytest.mark.filterwarnings("ignore:LNS with rho_plus = 0.2:UserWarning")
 
@@ -51,6 +54,23 @@ def _id(path: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ every file
+
+
+@pytest.mark.parametrize("path", SPACES, ids=_id)
+def test_every_space_has_trials_that_can_be_built(path: Path) -> None:
+    """The first and ten by chance; ``load_space`` has tried every value."""
+    space = load_space(path)
+    assert space.name == path.stem, "a space has the name of its file"
+    assert space.table not in {table.stem for table in TABLES}, (
+        "the table that it writes replaces no other one's results"
+    )
+    assert space.config.description
+    draw = random.Random(1)
+    drawn = [{name: draw.choice(d.ends) for name, d in space.dimensions.items()} for _ in range(10)]
+    for params in (space.first, *drawn):
+        for cell in space.cell(params).with_needs():
+            data = InputSpec(1, 28, 28, (73,), 1 / 90, tuple(map(str, range(10))))
+            build_network(cell.recipe, data)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=_id)

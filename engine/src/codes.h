@@ -77,5 +77,6 @@ inline bool HasCodes(const Codes& codes, const std::vector<int16_t>& values) {
 
 // True where one code is one bit, +1 or -1: what the popcount kernels take.
 inline bool IsSign(const Codes& codes) { return codes.kind == Kind::kBipolar && codes.bits == 1; }
+inline bool IsBit(const Codes& codes) { return codes.kind == Kind::kUnsigned && codes.bits == 1; }  // 0 or 1
 
 }  // namespace lowbit

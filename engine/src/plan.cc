@@ -81,11 +81,19 @@ class Planner {
   const Node& node(Value v) const { return nodes_[size_t(v)]; }
   const ValueType& type(Value v) const { return nodes_[size_t(v)].type; }
 
-  // Popcount takes sign codes on both sides, in groups that own whole words.
+  // Popcount takes sign codes on both sides, or codes 0 and 1 by signs, in groups that own whole words. Of 0 and 1 it
+  // makes twice the accumulator, which nothing but a factor may read.
   bool IsBitConv(const Node& n) const {
     if (n.op != Op::kConv && n.op != Op::kLinear) return false;
     const ValueType& x = type(n.inputs[0]);
-    if (x.dtype != Dtype::kCodes || !n.weights.integer || !IsSign(x.codes) || !IsSign(n.weights.type)) return false;
+    if (x.dtype != Dtype::kCodes || !n.weights.integer || !IsSign(n.weights.type)) return false;
+    if (IsBit(x.codes)) {
+      const auto& readers = consumers_[size_t(&n - nodes_.data())];
+      if (!x.zero_point.empty() || !n.offsets.weight.empty() || !n.offsets.input.empty()) return false;
+      if (node(n.inputs[0]).op == Op::kInput || readers.size() != 1 || node(readers[0]).op != Op::kMul) return false;
+    } else if (!IsSign(x.codes)) {
+      return false;
+    }
     return n.groups == 1 || (n.weights.shape[3] % 32 == 0 && n.weights.shape[0] / n.groups % 32 == 0);
   }
 
@@ -187,6 +195,7 @@ class Planner {
     Buffer b{v, rep, type(v).shape, 0};
     const int64_t c = b.shape.channels;
     const bool bits = rep == Rep::kBits || rep == Rep::kHalfBits;
+    if (bits) b.low = LowestCode(type(v).codes);
     b.pixel = dense || flat ? c : rep == Rep::kHalfBits ? 1 : bits ? RoundUp(c, 32) / 32 : RoundUp(c, kLanes);
     for (Value consumer : consumers_[size_t(v)]) {
       const Node& n = node(consumer);
@@ -254,7 +263,15 @@ class Planner {
                                  Step::kStoreF32,  Step::kStoreF16,      Step::kStoreU8};
       EpilogueStep& e = PushStore(s, kStore[int(rep)], v, rep);
       if (rep == Rep::kU8) e.low = float(LowestCode(type(v).codes));
+      if (rep == Rep::kBits || rep == Rep::kHalfBits) SetBit(e, type(v).codes, 1);
     }
+  }
+
+  // What a store of sign bits is for codes 0 and 1.
+  static void SetBit(EpilogueStep& e, const Codes& codes, float scale) {
+    if (!IsBit(codes)) return;
+    e.step = e.step == Step::kStoreBits ? Step::kCodeBits : Step::kCodeHalfBits;
+    e.scale = scale;
   }
 
   void StoreQuantized(PlanStep& s, Value q) {
@@ -263,8 +280,10 @@ class Planner {
     const auto wants = [&](Rep rep) {
       return std::any_of(readers.begin(), readers.end(), [&](Value c) { return Reads(c, q) == rep; });
     };
-    if (wants(Rep::kBits)) PushStore(s, Step::kStoreBits, q, Rep::kBits);
-    if (wants(Rep::kHalfBits)) PushStore(s, Step::kStoreHalfBits, q, Rep::kHalfBits);
+    if (wants(Rep::kBits)) SetBit(PushStore(s, Step::kStoreBits, q, Rep::kBits), n.type.codes, n.reciprocal);
+    if (wants(Rep::kHalfBits)) {
+      SetBit(PushStore(s, Step::kStoreHalfBits, q, Rep::kHalfBits), n.type.codes, n.reciprocal);
+    }
     for (Rep rep : {Rep::kS16, Rep::kU8}) {
       if (!wants(rep)) continue;
       const bool bytes = rep == Rep::kU8;
@@ -492,10 +511,23 @@ class Planner {
       PackGemm(s, n);
     }
     PushOffsets(s, n, sums);
+    if (bits && IsBit(x.codes)) PushConstant(s, Step::kMul, std::vector<float>(size_t(w.shape[0]), 0.5f));
     Chain(s, v);
+    if (bits && IsBit(x.codes)) FoldHalf(s);
     if (s.integer) UseThresholds(s, n, x);
     if (s.producer == Producer::kTableConv) UseLevels(s, n, x);
     if (bits && kernels_.nibbles && !s.halves) UseNibbles(s, n.groups);
+  }
+
+  // x 0.5 x c is x (0.5 c), if 0.5 c is exact: a product with a power of 2 is.
+  static void FoldHalf(PlanStep& s) {
+    if (s.epilogue.size() < 2 || s.epilogue[1].step != Step::kMul) return;
+    Aligned<float>& factors = s.constants[1];
+    for (size_t i = 0; i < factors.size(); ++i) {
+      if (factors[i] * 0.5f * 2 != factors[i]) return;
+    }
+    for (size_t i = 0; i < factors.size(); ++i) factors[i] *= 0.5f;
+    s.epilogue.erase(s.epilogue.begin());
   }
 
   // A step of its own: under every output position, the sum of the input's codes, as float32. One number where all
@@ -853,7 +885,8 @@ class Planner {
   // Weights as [up to 64 filters of a group][tap word][block][16 filters]; every tap's channels fill whole words, as
   // the activations do. A set bit is +1. With all taps inside, acc = (number of taps) * channels - 2 * popcount(a xor
   // w). A tap outside reads 0 bits, which adds popcount(w) to the count and must add nothing to acc: base = (valid
-  // taps) * channels + 2 * (sum of popcount(w) over the invalid taps).
+  // taps) * channels + 2 * (sum of popcount(w) over the invalid taps). Codes 0 and 1 are (1 + sign) / 2, and the
+  // product of such a one with w is (w + sign * w) / 2: twice the accumulator is what a tap outside adds, of every tap.
   void PackBits(PlanStep& s, const Node& n) {
     s.producer = Producer::kBitConv;
     s.info.kernel = "bit_conv";
@@ -866,6 +899,7 @@ class Planner {
     s.w_block = s.depth * kLanes;
     s.bit_weights = Aligned<uint32_t>(size_t(s.blocks * s.w_block));
     s.info.weight_bytes = s.blocks * s.w_block * 4;
+    const bool is_sign = IsSign(type(n.inputs[0]).codes);
     std::vector<int32_t> ones(size_t(filters * taps));
     for (int64_t o = 0; o < filters; ++o) {
       for (int64_t t = 0; t < taps; ++t) {
@@ -897,7 +931,7 @@ class Planner {
         for (int64_t o = 0; o < filters; ++o) {
           int64_t sum = 0;
           for (size_t t = 0; t < size_t(taps); ++t) {
-            const bool inside = row[t / col.size()] && col[t % col.size()];
+            const bool inside = is_sign && row[t / col.size()] && col[t % col.size()];
             sum += inside ? channels : 2 * ones[size_t(o * taps) + t];
           }
           base[o] = int32_t(sum);
@@ -911,14 +945,16 @@ class Planner {
   // allows it.
   void UseThresholds(PlanStep& s, const Node& n, const ValueType& x) {
     if (s.epilogue.empty() || s.writes.size() != 1 || s.slots.size() != 1) return;
-    const bool half_bits = s.epilogue.back().step == Step::kStoreHalfBits;
-    if (!half_bits && s.epilogue.back().step != Step::kStoreBits) return;
+    const Step store = s.epilogue.back().step;
+    const bool half_bits = store == Step::kStoreHalfBits || store == Step::kCodeHalfBits;
+    if (!half_bits && store != Step::kStoreBits && store != Step::kCodeBits) return;
     const size_t channels = size_t(n.type.shape.channels);
     const int64_t lowest =
         LowestCode(x.codes) - (x.zero_point.empty() ? 0 : *std::max_element(x.zero_point.begin(), x.zero_point.end()));
     const int64_t highest =
         HighestCode(x.codes) - (x.zero_point.empty() ? 0 : *std::min_element(x.zero_point.begin(), x.zero_point.end()));
-    const int64_t largest = std::max(-lowest, highest);
+    const bool twice = s.producer == Producer::kBitConv && IsBit(x.codes);
+    const int64_t largest = std::max(-lowest, highest) * (twice ? 2 : 1);
     const size_t per_filter = n.weights.codes.size() / channels;
     std::vector<Threshold> found;
     for (size_t c = 0; c < channels; ++c) {

@@ -21,6 +21,7 @@ struct Buffer {
   Shape shape;
   int64_t pixel;                   // elements (words for bits) from pixel to pixel
   std::array<int, 4> ring = {};    // pixels of zeros around the image (top, left, bottom, right)
+  int low = -1;                    // kBits: the code of bit 0
   std::vector<uint8_t> zero = {};  // kU8: the byte that stands for 0 in each channel
   int first = 0, last = 0;         // steps that write it and read it last
   int64_t offset = 0;              // in the workspace of a batch of 1; everything scales with the batch

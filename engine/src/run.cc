@@ -748,12 +748,12 @@ void Unload(const Buffer& b, const char* image, char* out) {
       if (b.rep == Rep::kHalfBits) {
         const uint16_t bits = *reinterpret_cast<const uint16_t*>(at);
         int16_t* to = reinterpret_cast<int16_t*>(out);
-        for (int64_t c = 0; c < channels; ++c) to[c] = (bits >> c) & 1 ? 1 : -1;
+        for (int64_t c = 0; c < channels; ++c) to[c] = int16_t((bits >> c) & 1 ? 1 : b.low);
         out += channels * 2;
       } else if (b.rep == Rep::kBits) {
         const uint32_t* words = reinterpret_cast<const uint32_t*>(at);
         int16_t* to = reinterpret_cast<int16_t*>(out);
-        for (int64_t c = 0; c < channels; ++c) to[c] = (words[c / 32] >> (c % 32)) & 1 ? 1 : -1;
+        for (int64_t c = 0; c < channels; ++c) to[c] = int16_t((words[c / 32] >> (c % 32)) & 1 ? 1 : b.low);
         out += channels * 2;
       } else if (b.rep == Rep::kU8) {
         int16_t* to = reinterpret_cast<int16_t*>(out);

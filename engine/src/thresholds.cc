@@ -48,6 +48,8 @@ bool Monotone(const std::vector<EpilogueStep>& steps, size_t channel) {
       case Step::kRoundHalf:
       case Step::kStoreBits:
       case Step::kStoreHalfBits:
+      case Step::kCodeBits:
+      case Step::kCodeHalfBits:
       case Step::kQuantU8: break;
       default: return false;
     }
@@ -71,7 +73,12 @@ std::optional<Threshold> FindThreshold(const std::vector<EpilogueStep>& steps, s
                                        int32_t high) {
   if (!Monotone(steps, channel)) return std::nullopt;
   bool finite = true;
-  const auto bit = [&](int32_t acc) { return !(Evaluate(steps, channel, acc, finite) < 0); };
+  const EpilogueStep& last = steps.back();
+  const bool is_sign = last.step == Step::kStoreBits || last.step == Step::kStoreHalfBits;
+  const auto bit = [&](int32_t acc) {
+    const float v = Evaluate(steps, channel, acc, finite);
+    return is_sign ? !(v < 0) : v * last.scale > 0.5f;
+  };
   const bool at_low = bit(low), at_high = bit(high);
   if (!finite) return std::nullopt;
   // Constant: a limit that every accumulator reaches.

@@ -25,10 +25,12 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from lowbit.inspect import Contents
-    from lowbit.train.cells import Step
+    from lowbit.train.cells import Places, Step
     from lowbit.train.compare import Event
     from lowbit.train.export import Export
+    from lowbit.train.search import Event as SearchEvent
     from lowbit.train.table import Cell
+    from lowbit.train.table import Table as TableOfRecipes
     from lowbit.train.workers import Executor
     from lowbit.upscale import Job, Upscaler
 
@@ -51,6 +53,7 @@ _EXTRAS: Final = {
         "jinja2",
         "lightning",
         "matplotlib",
+        "optuna",
         "pydantic",
         "scipy",
         "skimage",
@@ -732,6 +735,14 @@ def compare(
         bool,
         typer.Option("--tune", help="Run the table's tries instead, on the held-out images, never the test images."),
     ] = False,
+    front: Annotated[
+        bool,
+        typer.Option(
+            "--front",
+            help="Then time one run of every cell, in turn on one core, float and 8-bit networks in ONNX Runtime too, and draw the score "
+            "against milliseconds and bytes.",
+        ),
+    ] = False,
 ) -> None:
     """Train every cell of a table over seeds, resumably and in parallel; means, paired differences, one HTML page.
 
@@ -742,12 +753,17 @@ def compare(
 
     if tune and (check or seeds):
         raise typer.BadParameter("--tune goes without --check-one and --seeds")
+    if front and (tune or check or only):
+        raise typer.BadParameter(
+            "--front measures all cells in one run: it goes without --tune, --check-one and --only"
+        )
     table = load_table(file, changes or ())
     places = cells.Places(out_dir or Path("runs") / table.name, cells_dir / table.name)
     if tune:
         places, test = places.below("tune"), False
     wanted = table.tries(only or ()) if tune else table.cells(seeds, only or ())
-    steps = cells.plan(wanted, places, test=test, refresh=refresh)
+    timed = _cells_to_time(wanted, places) if front else []
+    steps = cells.plan(wanted, places, test=test, refresh=refresh, runs_of=timed)
     on_cpu = all(cell.recipe.train.device == "cpu" for cell in wanted)
     devices = max(cell.recipe.train.devices or 1 for cell in wanted)
     executor = _executor(on, jobs, "cpu" if on_cpu else "auto", devices)
@@ -771,10 +787,14 @@ def compare(
     if tune:
         _print_tries(*compare.best_tries(table, wanted, places))
     else:
+        if front:
+            _measure_front(table, wanted, places, seeds)
         tree = aggregate.aggregate(table, places, seeds)
         _print_results(aggregate.table_rows(tree), tree["title"])
         if tree["comparisons"]:
             _print_results(aggregate.difference_rows(tree), "differences, paired by seed")
+        if tree["front"] is not None:
+            _print_front(tree["front"], tree["metric"])
         for path in aggregate.write(table, tree, cells_dir):
             out.print(f"wrote [bold]{escape(str(path))}[/]", soft_wrap=True)
     if check:
@@ -784,6 +804,40 @@ def compare(
         _check_one(table.name, wanted, cells.read_results(wanted, places), executor, folder, check_seed, tolerance)
     if failures:
         raise typer.Exit(1)
+
+
+def _cells_to_time(wanted: Sequence[Cell], places: Places) -> list[Cell]:
+    from lowbit.train.measure_front import runs_to_time
+
+    return runs_to_time(wanted, places)
+
+
+def _measure_front(table: TableOfRecipes, wanted: Sequence[Cell], places: Places, seeds: int | None) -> None:
+    from lowbit.train import aggregate, cells
+    from lowbit.train.measure_front import measure
+    from lowbit.train.rundir import write_json
+
+    results = cells.read_results(wanted, places)
+    split = aggregate.aggregate(table, places, seeds)["split"]
+    with err.status("") as status:
+        found = measure(
+            table, wanted, results, places, split=split, on_progress=lambda text: status.update(escape(text))
+        )
+    write_json(places.front, found)
+    _warn(found["warnings"])
+
+
+def _print_front(front: Mapping[str, Any], metric: str) -> None:
+    from lowbit.train.front import front_rows
+
+    _print_results([[*row[:4], *row[5:]] for row in front_rows(front, metric)], "front")
+    if front["stale"]:
+        _warn(
+            [
+                f"measured with another recipe than the table has now: {', '.join(front['stale'])}; --front measures again"
+            ]
+        )
+    _warn(f"left out: {text}" for text in front["left_out"])
 
 
 def _executor(where: str, jobs: int | None, device: str, devices: int) -> Executor:
@@ -1080,6 +1134,118 @@ def zoo_check(
         )
 
 
+# --------------------------------------------------------------------------------------------- search
+
+
+@app.command(
+    epilog="Example: lowbit search recipes/search/fashion-mnist.yaml --minutes 120, then lowbit compare on the table that it writes"
+)
+def search(
+    file: Annotated[Path, typer.Argument(help="A space of recipes (YAML).", metavar="SPACE")],
+    minutes: Annotated[
+        float, typer.Option(help="How long; what is under way at the end goes on the next time.", min=0.01)
+    ] = 60.0,
+    jobs: Annotated[
+        int | None, typer.Option(help="Trials at once; by default one for each GPU, else for each core.", min=1)
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Train at most so many.", min=1)] = None,
+    on: Annotated[
+        str,
+        typer.Option(
+            metavar="WHERE",
+            help="local, ray or ray:HOST:PORT, as in compare. Networks are timed on this machine.",
+        ),
+    ] = "local",
+    out_dir: Annotated[
+        Path | None,
+        typer.Option("--out", help="Study, runs and results; by default runs/search- and the space's name."),
+    ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="Where the table of the front goes, for compare; by default tables/ in the --out folder."),
+    ] = None,
+) -> None:
+    """Search a space of recipes for the front: held-out score against milliseconds on the engine. Resumable.
+
+    Speed is measured before training; slow trials that are behind are stopped. Claims rest on `lowbit compare` of the table.
+    """
+    from lowbit.train import search as searching
+    from lowbit.train import search_report
+    from lowbit.train.space import load_space
+
+    space = load_space(file)
+    folder = out_dir or Path("runs") / f"search-{space.name}"
+    first = space.cell(space.first).recipe.train
+    executor = _executor(on, jobs, first.device, first.devices or 1)
+    with _trial_lines(minutes) as show, searching.Search(space, folder, executor, show) as study:
+        show.front = lambda: search_report.progress_line(study.front, study.metric)
+        stopped = False
+        try:
+            study.run(minutes, trials)
+        except KeyboardInterrupt:
+            stopped = True
+        paths = search_report.write(study, table)
+    _print_results(
+        search_report.front_rows(study), f"front of {len(study.trials)} trials: {search_report.counts(study)}"
+    )
+    for path in paths:
+        out.print(f"wrote [bold]{escape(str(path))}[/]", soft_wrap=True)
+    if stopped:
+        err.print("interrupted; the same command goes on")
+        raise typer.Exit(130)
+    if not study.front:
+        err.print("nothing was trained to its end; the same command goes on")
+    elif len(paths) > 1:
+        out.print(f"next: [bold]lowbit compare {escape(str(paths[-1]))} --front[/]", soft_wrap=True)
+
+
+class _TrialLines:
+    """A line with a bar for each trial under way and one for the search; where standard error is no terminal, lines."""
+
+    def __init__(self, bars: Progress, minutes: float) -> None:
+        self._bars = bars
+        self._began, self._minutes = time.monotonic(), minutes
+        self._lines: dict[int, Any] = {}
+        self._whole = bars.add_task("search", total=60 * minutes)
+        self.front: Callable[[], str] = lambda: ""
+
+    def __call__(self, event: SearchEvent) -> None:
+        took = time.monotonic() - self._began
+        self._bars.update(self._whole, completed=min(took, 60 * self._minutes))
+        name = f"trial {event.trial}"
+        if event.kind in ("start", "run") and event.trial not in self._lines:
+            self._lines[event.trial] = self._bars.add_task(name, total=event.total or None)
+        elif event.kind == "epoch" and event.trial in self._lines:
+            self._bars.update(self._lines[event.trial], completed=event.done, total=event.total)
+        elif event.kind in ("finish", "prune", "fail", "back") and event.trial in self._lines:
+            self._bars.remove_task(self._lines.pop(event.trial))
+        if event.kind == "epoch":
+            return
+        words = {
+            "start": "",
+            "run": "trains ",
+            "finish": "",
+            "prune": "stopped: ",
+            "skip": "not trained: ",
+            "back": "put back: ",
+            "fail": "failed: ",
+            "wait": "waits: ",
+        }[event.kind]
+        left = max(self._minutes - took / 60, 0)
+        err.print(escape(f"{name}: {words}{event.text}"), soft_wrap=True, highlight=False)
+        if event.kind == "finish":
+            err.print(
+                escape(f"{self.front()}; {left:.0f} of {self._minutes:g} min left"), soft_wrap=True, highlight=False
+            )
+
+
+@contextmanager
+def _trial_lines(minutes: float) -> Iterator[_TrialLines]:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+        yield _TrialLines(bars, minutes)
+
+
 # --------------------------------------------------------------------------------------------- report, list
 
 
@@ -1150,11 +1316,18 @@ def _zoo() -> list[tuple[str, ...]]:
     return [(c.name, c.task, c.result, f"{c.bytes / 1000:.1f}", c.milliseconds, c.title) for c in cards]
 
 
+def _kind(path: Path) -> str:
+    """Of a file below recipes/: "tables", "search" or "recipes"."""
+    return path.parent.name if path.parent.name in ("tables", "search") else "recipes"
+
+
 def _recipes(tables: bool = False) -> list[tuple[str, ...]]:
     import yaml
 
     rows: list[tuple[str, ...]] = []
-    for path in sorted(path for path in Path("recipes").rglob("*.yaml") if (path.parent.name == "tables") is tables):
+    for path in sorted(
+        path for path in Path("recipes").rglob("*.yaml") if _kind(path) == ("tables" if tables else "recipes")
+    ):
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
             rows.append((str(path), str((tables and tree.get("title")) or tree.get("description", ""))))

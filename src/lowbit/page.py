@@ -6,11 +6,13 @@ grounds.
 
 from __future__ import annotations
 
+import html
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import jinja2
@@ -51,8 +53,11 @@ def style() -> Iterator[None]:
         yield
 
 
-def svg(figure: Figure, title: str) -> str:
-    """The figure as an element of a page, in the colour of the text around it; ``title`` must differ within the page."""
+def svg(figure: Figure, title: str, titles: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The figure as an element of a page, in the colour of the text around it; ``title`` must differ within the page.
+
+    ``titles``: id of an artist (``set_gid``) -> what shows where the pointer rests on it.
+    """
     stream = io.StringIO()
     figure.patch.set_alpha(0)
     for axes in figure.axes:
@@ -62,6 +67,8 @@ def svg(figure: Figure, title: str) -> str:
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
+    for gid, words in titles.items():
+        text = text.replace(f'<g id="{gid}">', f'<g class="point"><title>{html.escape(words)}</title>', 1)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure, and nothing refers to them
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)

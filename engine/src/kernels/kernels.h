@@ -17,7 +17,7 @@ inline constexpr int kSlack = 256;  // bytes that may be read or overwritten beh
 
 // How a value lies in memory. All are pixel-major, channels last.
 enum class Rep : uint8_t {
-  kBits,      // 1-bit bipolar codes, +1 -> bit 1; channels filled up with 0 bits to whole 32-bit words
+  kBits,      // 1-bit codes, the higher one -> bit 1; channels filled up with 0 bits to whole 32-bit words
   kHalfBits,  // the same for at most 16 channels, filled up to 16 bits
   kS16,       // integer codes, zero point subtracted
   kI32,
@@ -254,6 +254,8 @@ enum class Step : uint8_t {
   kStoreS16,   // v is an integer
   kStoreBits,  // bit = !(v < 0)
   kStoreHalfBits,
+  kCodeBits,  // bit = clamp(rint(v * scale), 0, 1)
+  kCodeHalfBits,
   kSignS16,    // v < 0 ? -1 : +1
   kQuantS16,   // clamp(rint(v * scale), low, high)
   kStoreU8,    // v - low, v is an integer

@@ -41,11 +41,13 @@ class Session:
         run: computes it once, on the same numbers each time.
         answer: computes it for a batch, channels first; the codes of an 8-bit model are encoded and decoded.
         note: what ran: signedness, precision, compiled or not.
+        file_bytes: of the ONNX model that was opened; 0 where the peer made one of its own of it.
     """
 
     run: Run
     answer: Answer
     note: str = ""
+    file_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,8 @@ def _both_orders(opened: Opened, found: Quantized, threads: int, x: Array, note:
         run, call, more = opened(model, threads, np.ascontiguousarray(given))
         answer = _answer(found, call, last and images[0], last and images[1])
         order = "channels last" if last else "channels first"
-        sessions.append(Session(run, answer, ", ".join(part for part in (note, order, more) if part)))
+        words = ", ".join(part for part in (note, order, more) if part)
+        sessions.append(Session(run, answer, words, model.ByteSize()))
     return sessions
 
 

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 import lowbit.page as page
 from lowbit.train.cells import Places, check_one_data_set, read_results, show, unit
+from lowbit.train.front import footnote, front_rows, png, read_front, resolve, svgs
 from lowbit.train.recipe import Recipe, flatten
 from lowbit.train.rundir import RunError, sessions, write_json, write_text
 from lowbit.train.statistics import paired, summary
@@ -35,7 +36,8 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
 
     Returns:
         ``format, table, title, description, path, set, seeds`` (as asked for), ``metric, unit, split, cells, comparisons, published,
-        machines, versions, code, dates, seconds``. Values are in the metric's own unit (accuracy: 0 to 1), published ones in the
+        machines, versions, code, dates, seconds, front`` (what ``front.resolve`` gives; None where none was measured). Values are in
+        the metric's own unit (accuracy: 0 to 1), published ones in the
         paper's (percent). A cell: ``label, n, missing`` (seeds), ``values`` (seed -> value), ``mean, sd, published, runs, top5,
         published_top5, epochs, parameters, warnings, curves`` and the means of ``seconds, gap, flips_start, images_per_second``. A
         comparison: ``one, other, resolved`` and the fields of ``Difference``.
@@ -62,6 +64,8 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
         if difference is not None:
             comparisons.append({"one": one, "other": other, **asdict(difference), "resolved": difference.resolved})
     published = table.config.published
+    hashes = {(label, result["seed"]): str(result["hash"]) for (label, _), result in results.items()}
+    measured_front = read_front(places.front)
     trained = [each for result in results.values() for each in sessions(result)]
     return {
         "format": FORMAT,
@@ -82,6 +86,7 @@ def aggregate(table: Table, places: Places, seeds: int | None = None) -> dict[st
         "code": _distinct(map(_code, trained)),
         "dates": sorted({str(result["date"])[:10] for result in results.values()}),
         "seconds": sum(result["seconds"] for result in results.values()),
+        "front": None if measured_front is None else resolve(measured_front, rows, hashes, split),
     }
 
 
@@ -239,7 +244,21 @@ def markdown(tree: Mapping[str, Any]) -> str:
         parts.append(f"Published: {tree['published']['source']}.")
     if tree["comparisons"]:
         parts.append(_markdown_table(difference_rows(tree)))
-    return "\n\n".join([*parts, _footnote(tree)]) + "\n"
+    parts.append(_footnote(tree))
+    front = tree["front"]
+    if front is not None and front["points"]:
+        rows = front_rows(front, tree["metric"])
+        parts += [
+            "#### Front",
+            f"![{_front_title(tree)}]({tree['table']}-front.png)",
+            _markdown_table(rows),
+            footnote(front),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_title(tree: Mapping[str, Any]) -> str:
+    return f"{tree['split']} {tree['metric']} against time and size".capitalize()
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> str:
@@ -426,6 +445,7 @@ def render(table: Table, tree: Mapping[str, Any]) -> str:
         differences=differences,
         cards=cards,
         plots=_plots(tree),
+        front=_front(tree),
         command=command(tree),
         footnote=_footnote(tree),
         keys=keys,
@@ -434,8 +454,18 @@ def render(table: Table, tree: Mapping[str, Any]) -> str:
     )
 
 
+def _front(tree: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the page shows of the front; None where there is nothing."""
+    front = tree["front"]
+    if front is None:
+        return None
+    rows = front_rows(front, tree["metric"])
+    plots = svgs(front, tree["metric"]) if front["points"] else []
+    return {"plots": plots, "head": rows[0], "rows": rows[1:], "note": footnote(front), "warnings": front["warnings"]}
+
+
 def write(table: Table, tree: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write ``<table>.json``, ``.md`` and ``.html`` into a folder; their paths.
+    """Write ``<table>.json``, ``.md`` and ``.html`` into a folder, and ``<table>-front.png`` where a front was measured; their paths.
 
     Raises:
         OSError: it can't be written.
@@ -445,6 +475,9 @@ def write(table: Table, tree: Mapping[str, Any], folder: Path) -> list[Path]:
     write_json(paths[0], {k: v for k, v in tree.items() if k != "cells"} | {"cells": _without_curves(tree["cells"])})
     write_text(paths[1], markdown(tree))
     write_text(paths[2], render(table, tree))
+    if tree["front"] is not None and tree["front"]["points"]:
+        paths.append(folder / f"{table.name}-front.png")
+        png(tree["front"], tree["metric"], paths[-1])
     return paths
 
 

@@ -72,6 +72,11 @@ class Places:
         """The file with a cell's result."""
         return self.results / cell.file
 
+    @property
+    def front(self) -> Path:
+        """The file with the cells' times and sizes (``lowbit.train.front``)."""
+        return self.results / "front.json"
+
     def below(self, name: str) -> Places:
         """The same, one folder deeper."""
         return Places(self.runs / name, self.results / name)
@@ -206,8 +211,12 @@ def _look_at_run(cell: Cell, places: Places) -> tuple[Action, str]:
     return Action.resume, f"{run['epochs_done']} of {run['epochs']} epochs are done"
 
 
-def plan(cells: Iterable[Cell], places: Places, *, test: bool = True, refresh: bool = False) -> list[Step]:
+def plan(
+    cells: Iterable[Cell], places: Places, *, test: bool = True, refresh: bool = False, runs_of: Iterable[Cell] = ()
+) -> list[Step]:
     """What each cell needs, the cells they start from included, in an order that can be run.
+
+    ``runs_of``: cells whose run directories are needed too, not their results alone.
 
     Raises:
         RunError: a damaged file.
@@ -228,6 +237,8 @@ def plan(cells: Iterable[Cell], places: Places, *, test: bool = True, refresh: b
 
     for cell in cells:
         add(cell, False)
+    for cell in runs_of:
+        add(cell, True)
     return list(steps.values())
 
 

@@ -41,7 +41,19 @@ from lowbit.train.statistics import summary
 from lowbit.train.table import Cell, Table, stored_recipe
 from lowbit.train.workers import Executor, Job, lock
 
-__all__ = ["Check", "Event", "Failure", "best_tries", "check_one", "draw", "run"]
+__all__ = [
+    "Check",
+    "Event",
+    "Failure",
+    "best_tries",
+    "check_one",
+    "draw",
+    "exit_status",
+    "interruptible",
+    "last_words",
+    "launch",
+    "run",
+]
 
 CURVE_POINTS: Final = 100
 TRAINED: Final = (LOCK, "recipe.yaml", "metrics.csv", "checkpoints", "tensorboard")
@@ -87,7 +99,7 @@ class _Running:
 
 
 @contextmanager
-def _terminated() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """SIGTERM and a closed terminal end like Ctrl-C: the workers are interrupted too. What is ignored (nohup) stays so."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -143,7 +155,7 @@ class _Runner:
 
     def run(self, steps: Sequence[Step]) -> list[Failure]:
         pending = {step.cell.key: step for step in steps if step.action != Action.done}
-        with _terminated():
+        with interruptible():
             try:
                 while pending or self.running:
                     for step in list(pending.values()):
@@ -208,43 +220,16 @@ class _Runner:
         return False
 
     def _start(self, step: Step, descriptor: int, tries: int) -> None:
-        cell, places, run_dir = step.cell, self.places, self.places.run_dir(step.cell)
-        starts: dict[str, str | Path] = {key: places.run_dir(need) for key, need in cell.needs.items()}
-        if step.action == Action.resume:
-            own = dict(flatten(load_recipe(run_dir / "recipe.yaml").plain()))
-            starts = {key: own.get(key, place) for key, place in starts.items()}  # as it was started
-        else:
-            _clear(run_dir)
-            write_json(places.beside(cell, ".json"), self._head(cell))
-        write_text(places.beside(cell, ".yaml"), cell.resolve(starts).to_yaml())
-        log = places.beside(cell, ".log")
-        start = log.stat().st_size if log.is_file() else 0
-        job = Job(places.beside(cell, ".yaml"), run_dir, log, step.action == Action.resume, self.test, descriptor)
-        began_at = read_run(run_dir)["epochs_done"] if job.resume else 0
-        self.running[self.executor.submit(job)] = _Running(step, descriptor, start, tries, began_at)
-        self.on_event(Event("start", cell, step.why, total=cell.recipe.train.epochs))
-
-    def _head(self, cell: Cell) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "table": self.table,
-            "label": cell.label,
-            "run": cell.run,
-            "seed": cell.recipe.seed,
-            "hash": cell.hash,
-            "recipe": stored_recipe(cell.recipe),
-            "needs": {key: {"label": c.label, "run": c.run, "hash": c.hash} for key, c in cell.needs.items()},
-            "changes": dict(cell.changes),
-        }
+        future, log_start, began_at = launch(self.table, step, self.places, self.executor, descriptor, test=self.test)
+        self.running[future] = _Running(step, descriptor, log_start, tries, began_at)
+        self.on_event(Event("start", step.cell, step.why, total=step.cell.recipe.train.epochs))
 
     def _end(self, future: Future[int]) -> None:
         each = self.running.pop(future)
         step, cell, retried = each.step, each.step.cell, False
         each.place = worker_of(self.places.run_dir(cell)) or each.place
         try:
-            code = future.result()
-            if 128 < code <= 128 + signal.SIGRTMAX and code != 128 + signal.SIGINT:
-                code = 128 - code  # one of the processes of the cell was killed, and the one that started them says so
+            code = exit_status(future)
             if code == 0 or (code == 1 and self._passed_over(cell)):
                 if step.for_run:
                     self.on_event(Event("finish", cell, "its run directory is there again"))
@@ -257,7 +242,7 @@ class _Runner:
             else:
                 log = self.places.beside(cell, ".log")
                 killed = f"its worker was killed twice ({signal.Signals(-code).name})" if code < 0 else ""
-                words = killed or _last_words(log, each.log_start) or f"exit status {code}"
+                words = killed or last_words(log, each.log_start) or f"exit status {code}"
                 self._fail(cell, words + _on(each), log)
         except (RunError, RemoteError, ValueError, OSError) as error:
             self._fail(cell, str(error))
@@ -336,6 +321,52 @@ class _Runner:
         self.on_event(Event("finish", cell, f"{split} {show(value, tree['metric'])}, {tree['seconds']:.0f} s"))
 
 
+def launch(
+    table: str, step: Step, places: Places, executor: Executor, descriptor: int, *, test: bool
+) -> tuple[Future[int], int, int]:
+    """Start or resume a cell's training, after what is replaced was removed.
+
+    Args:
+        table: its name, or the search's.
+        step: the cell, and whether it is resumed.
+        places: where its run goes; the runs that it needs lie there.
+        executor: where it is trained.
+        descriptor: holds the cell's lock.
+        test: evaluate the test images at the end.
+
+    Returns:
+        The exit status to come, where the log of this training begins, and the epochs that were done before.
+    """
+    cell, run_dir = step.cell, places.run_dir(step.cell)
+    starts: dict[str, str | Path] = {key: places.run_dir(need) for key, need in cell.needs.items()}
+    if step.action == Action.resume:
+        own = dict(flatten(load_recipe(run_dir / "recipe.yaml").plain()))
+        starts = {key: own.get(key, place) for key, place in starts.items()}  # as it was started
+    else:
+        _clear(run_dir)
+        write_json(places.beside(cell, ".json"), _head(table, cell))
+    write_text(places.beside(cell, ".yaml"), cell.resolve(starts).to_yaml())
+    log = places.beside(cell, ".log")
+    log_start = log.stat().st_size if log.is_file() else 0
+    job = Job(places.beside(cell, ".yaml"), run_dir, log, step.action == Action.resume, test, descriptor)
+    began_at = read_run(run_dir)["epochs_done"] if job.resume else 0
+    return executor.submit(job), log_start, began_at
+
+
+def _head(table: str, cell: Cell) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "table": table,
+        "label": cell.label,
+        "run": cell.run,
+        "seed": cell.recipe.seed,
+        "hash": cell.hash,
+        "recipe": stored_recipe(cell.recipe),
+        "needs": {key: {"label": c.label, "run": c.run, "hash": c.hash} for key, c in cell.needs.items()},
+        "changes": dict(cell.changes),
+    }
+
+
 def _clear(run_dir: Path) -> None:
     """Empty the directory of a run that is replaced, or of a worker that was killed before it wrote run.json.
 
@@ -357,7 +388,19 @@ def _on(each: _Running) -> str:
     return f", on {each.place}" if each.place else ""
 
 
-def _last_words(log: Path, start: int) -> str:
+def exit_status(future: Future[int]) -> int:
+    """Of a training that has ended, negative where a signal killed it, or one of the processes it had started.
+
+    Raises:
+        RunError: it could not be started.
+    """
+    code = future.result()
+    if 128 < code <= 128 + signal.SIGRTMAX and code != 128 + signal.SIGINT:
+        return 128 - code  # the one that started them says so
+    return code
+
+
+def last_words(log: Path, start: int) -> str:
     """The error a worker ended with."""
     with suppress(OSError):
         text = log.read_bytes()[start:].decode(errors="replace")

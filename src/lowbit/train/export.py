@@ -103,7 +103,7 @@ def _export(
     recipe, model = load_run(run_dir)
     data = data or load_data(recipe)
     spec = InputSpec.from_json(run["input"])
-    probe = (_probe if spec.classes else _crops)(data, inputs, recipe.train.workers)
+    probe = (_probe if spec.classes else crops)(data, inputs, recipe.train.workers)
     graph = freeze(model, probe[:1], meta=file_meta(recipe, spec, run["epochs_done"], data.resize))
 
     with tempfile.TemporaryDirectory(prefix=EXPORTING, dir=run_dir) as folder:
@@ -143,7 +143,7 @@ def _probe(data: DataSource, count: int, workers: int | None) -> Tensor:
     return torch.cat(found)[:count]
 
 
-def _crops(data: DataSource, count: int, workers: int | None) -> Tensor:
+def crops(data: DataSource, count: int, workers: int | None) -> Tensor:
     """Crops of the small held-out pictures, spread over them; of training patches where these are too small for one."""
     wanted = -(-count // INPUTS_A_CROP)
     pictures = [low for low, _ in data.evaluation("val", 1, workers=workers) if min(low.shape[2:]) >= CROP]

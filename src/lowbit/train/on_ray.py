@@ -75,7 +75,7 @@ class RayExecutor:
         )(on_ray)
         self._pool = ThreadPoolExecutor(_MANY)
         self._guard = threading.Lock()
-        self._running: set[Any] = set()
+        self._running: dict[Any, Path] = {}
         self._stopped = False
 
     @property
@@ -102,7 +102,7 @@ class RayExecutor:
             if self._stopped:
                 return 130
             reference = self._remote.remote(task)
-            self._running.add(reference)
+            self._running[reference] = task.run_dir
         try:
             status, error = ray.get(reference)
         except exceptions.TaskCancelledError:
@@ -117,10 +117,17 @@ class RayExecutor:
             raise RunError(f"{node}{_last_line(raised)}") from None
         finally:
             with self._guard:
-                self._running.discard(reference)
+                self._running.pop(reference, None)
         if error:
             raise RunError(error)
         return int(status)
+
+    def interrupt(self, run_dir: Path) -> None:
+        """Interrupt one task."""
+        with self._guard:
+            there = [reference for reference, place in self._running.items() if place == run_dir.absolute()]
+        for reference in there:
+            ray.cancel(reference)
 
     def stop(self, patience: float = 1.5 * PATIENCE_SECONDS) -> None:
         """Take back what waits, interrupt what runs, and kill what has not ended after ``patience`` seconds."""

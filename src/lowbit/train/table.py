@@ -75,7 +75,7 @@ __all__ = [
 START: Final = "train.start_from"
 TEACHER: Final = "train.distill.teacher"
 _LABEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*(/[A-Za-z0-9][A-Za-z0-9._+-]*)*")
-_OWNED: Final = ("name", "description", "seed")
+OWNED: Final = ("name", "description", "seed")
 """Fields of a recipe that the runner fills in."""
 
 
@@ -218,7 +218,7 @@ class Cell:
     @property
     def title(self) -> str:
         """For people."""
-        return f"{self.label} " + re.sub(r"(?<=[a-z])(?=[0-9])", " ", self.run)
+        return f"{self.label} " + re.sub(r"^(seed|try)(?=[0-9])", r"\1 ", self.run)
 
     @property
     def place(self) -> Path:
@@ -366,13 +366,13 @@ class Table:
         try:
             for part, changes in layers:
                 for key, value in changes.items():
-                    if key in _OWNED:
+                    if key in OWNED:
                         raise TableError(
                             f"{self.path}: {part}: {key!r} is filled in by the table; seeds: says how many runs"
                         )
                     assign(tree, key, copy.deepcopy(value), f"{where}: {part}")
             for text in self._overrides:
-                if text.partition("=")[0].strip() in _OWNED:
+                if text.partition("=")[0].strip() in OWNED:
                     raise TableError(f"--set {text!r}: is filled in by the table; --seeds says how many runs")
                 assign_text(tree, text)
             return parse_recipe(tree | {"name": f"{config.name}-{slug(label)}-{run}", "seed": seed}, where)
@@ -631,7 +631,7 @@ def stored_recipe(recipe: Recipe) -> dict[str, Any]:
     """
     tree = _set_fields(recipe)
     for key in ELSEWHERE:
-        if key not in _OWNED:
+        if key not in OWNED:
             _drop(tree, key)
     return tree
 

@@ -59,6 +59,9 @@ class Executor(Protocol):
     def submit(self, job: Job) -> Future[int]:
         """Start a job; its exit status, negative where a signal killed it. At most ``slots`` are under way."""
 
+    def interrupt(self, run_dir: Path) -> None:
+        """Interrupt the job that trains there, if one does; it ends as after Ctrl-C, and its place is free."""
+
     def stop(self) -> None:
         """Interrupt what is under way, so that it can be resumed, and wait for its end."""
 
@@ -99,7 +102,7 @@ class LocalExecutor:
         self._threads = {"OMP_NUM_THREADS": str(threads)}
         self._pool = ThreadPoolExecutor(self._slots)
         self._guard = threading.Lock()
-        self._running: set[subprocess.Popen[bytes]] = set()
+        self._running: dict[subprocess.Popen[bytes], Path] = {}
         self._stopped = False
 
     @property
@@ -128,14 +131,21 @@ class LocalExecutor:
                         pass_fds=[job.lock],
                         start_new_session=True,  # Ctrl-C is ours to hand on
                     )
-                    self._running.add(process)
+                    self._running[process] = job.run_dir
                 try:
                     return process.wait()
                 finally:
                     with self._guard:
-                        self._running.discard(process)
+                        del self._running[process]
         finally:
             self._free.put(slot)
+
+    def interrupt(self, run_dir: Path) -> None:
+        """Interrupt one process."""
+        with self._guard:
+            for process, place in self._running.items():
+                if place == run_dir:
+                    send_signal(process, signal.SIGINT)
 
     def stop(self, patience: float = 20.0) -> None:
         """Interrupt every process, and kill those that have not ended after ``patience`` seconds."""

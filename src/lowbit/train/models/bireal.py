@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from lowbit.train.layers import Residual
@@ -15,9 +17,9 @@ __all__ = ["BiRealResNet14", "bireal_resnet14", "bireal_resnet18", "bireal_resne
 class BiRealResNet14(nn.Module):
     """3x3 stem with stride 2, BN; 3 stages of 4 blocks, one 3x3 convolution each; global average; linear.
 
-    Block: ``y = [act](BN(conv(x))) + x``; ``prepare`` puts the sign in front of the convolution. The first block of the
-    second and third stage has stride 2 and the shortcut 2x2 average pooling, 1x1 convolution, BN. 14 layers: stem, 12
-    blocks, head. Input ``[N, in_channels, H, W]``, output ``[N, classes]``.
+    Block: ``y = [act](BN(conv(x))) + x``; ``prepare`` puts the sign in front of the convolution. The first block of each
+    stage after the first has stride 2 and the shortcut 2x2 average pooling, 1x1 convolution, BN. 14 layers: stem, 12
+    blocks, head. Input ``[N, in_channels, H, W]``, output ``[N, classes]``. The arguments are those of `bireal_resnet14`.
     """
 
     def __init__(
@@ -25,19 +27,28 @@ class BiRealResNet14(nn.Module):
         classes: int,
         in_channels: int,
         width: int = 16,
-        blocks: int = 4,
+        blocks: int | Sequence[int] = 4,
         nonlinearity: Nonlinearity = "none",
         order: Order = "conv-bn-act",
+        expansion: float = 2.0,
+        stem_stride: int = 2,
     ) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(in_channels, width, 3, stride=2, padding=1, bias=False)
+        depths = (blocks,) * 3 if isinstance(blocks, int) else tuple(blocks)
+        if not depths or min(depths) < 1:
+            raise ValueError(f"blocks: {blocks}: a whole number of at least 1, or one for each stage")
+        if width < 1 or not 1 <= expansion <= 4 or stem_stride not in (1, 2):
+            raise ValueError(
+                f"width {width}, expansion {expansion}, stem_stride {stem_stride}: at least 1; 1 to 4; 1 or 2"
+            )
+        self.stem = nn.Conv2d(in_channels, width, 3, stride=stem_stride, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(width)
         self.stream = Residual()
-        widths = (width, 2 * width, 4 * width)
         layers = []
         channels = width
-        for stage, out in enumerate(widths):
-            for i in range(blocks):
+        for stage, depth in enumerate(depths):
+            out = round(width * expansion**stage)
+            for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
                 layers.append(ResidualBlock(channels, out, stride, 1, nonlinearity, order))
                 channels = out
@@ -56,21 +67,25 @@ def bireal_resnet14(
     classes: int = 10,
     in_channels: int = 1,
     width: int = 16,
-    blocks: int = 4,
+    blocks: int | Sequence[int] = 4,
     nonlinearity: Nonlinearity = "none",
     order: Order = "conv-bn-act",
+    expansion: float = 2.0,
+    stem_stride: int = 2,
 ) -> nn.Module:
     """Bi-Real ResNet of 14 layers for small images: the demo's network.
 
     Args:
         classes: number of outputs.
         in_channels: channels of the images.
-        width: channels of the first stage; the next two have 2 and 4 times as many.
-        blocks: blocks in a stage; 4 gives the 14 layers.
+        width: channels of the first stage.
+        blocks: blocks in each of the three stages; 4 gives the 14 layers. Or a list, one number for each stage, as many as it has.
         nonlinearity: behind each convolution, before the sum: "none", "relu", "prelu" or "rprelu".
         order: "conv-bn-act", "conv-act-bn", or "conv-bn-add-act" (the nonlinearity behind the sum, as in ReActNet).
+        expansion: how many times as many channels a stage has as the one before it, 1 to 4; rounded to whole channels.
+        stem_stride: 2, or 1: maps of twice the side, and four times the work, in every layer.
     """
-    return BiRealResNet14(classes, in_channels, width, blocks, nonlinearity, order)
+    return BiRealResNet14(classes, in_channels, width, blocks, nonlinearity, order, expansion, stem_stride)
 
 
 @MODELS.register("bireal_resnet18")
