@@ -77,9 +77,10 @@ $(DEMO)/bench.json: $(DEMO)/model.lowbit
 $(DEMO)/report.html: $(DEMO)/bench.json
 	$(BIN)/lowbit report $(DEMO)
 
-demo-sr: $(SR_DEMO)/report.html $(SR_LINEAR)/checkpoints/final.ckpt
+demo-sr: $(SR_DEMO)/bench.json $(SR_LINEAR)/checkpoints/final.ckpt
 	$(BIN)/lowbit evaluate $(SR_DEMO)/model.lowbit --split test --beside $(SR_LINEAR)
 	$(BIN)/lowbit upscale $(SR_DEMO)/model.lowbit $(SR_PICTURE) $(SR_DEMO)/larger.png --force --compare $(SR_DEMO)/compare.html
+	$(BIN)/lowbit report $(SR_DEMO)
 	@$(BIN)/lowbit report $(SR_DEMO) --summary
 
 $(SR_DEMO)/checkpoints/final.ckpt: $(SR_RECIPES)/sr-x2-w1a1-sign.yaml | .venv/.installed data-sr
@@ -91,8 +92,8 @@ $(SR_LINEAR)/checkpoints/final.ckpt: $(SR_RECIPES)/sr-x2-linear.yaml | .venv/.in
 $(SR_DEMO)/model.lowbit: $(SR_DEMO)/checkpoints/final.ckpt
 	$(BIN)/lowbit export $(SR_DEMO)
 
-$(SR_DEMO)/report.html: $(SR_DEMO)/model.lowbit
-	$(BIN)/lowbit report $(SR_DEMO)
+$(SR_DEMO)/bench.json: $(SR_DEMO)/model.lowbit
+	$(BIN)/lowbit bench $(SR_DEMO)/model.lowbit --repeats 30 --json $@
 
 test: .venv/.installed data
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -472,7 +472,7 @@ def test_super_resolution_beside_the_peers(monkeypatch: pytest.MonkeyPatch) -> N
         "a photograph of 2 MP, x2, Y, Cb and Cr, beside Y alone",
     ]
     assert [list(row["peers"]) for row in rows] == [["ort-fp32", "ort-int8"], ["ort-fp32"], ["ort-fp32"]]
-    assert [row["goals"] for row in rows] == [{"ort-fp32": 14.0, "ort-int8": 4.4}, *[{"ort-fp32": 8.0}] * 2]
+    assert [row["goals"] for row in rows] == [{"ort-fp32": 14.0, "ort-int8": 4.4}, {"ort-fp32": 8.0}, {}]
     for row in rows:
         assert all(peer["ratio"] > 0 for peer in row["peers"].values())
         assert row["macs"] > 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from lowbit import cli, interpreter, report
+from lowbit import cli, interpreter, report, sidebyside
+from lowbit.bench.superres import low_resolution
 from lowbit.graph import Node
 from lowbit.pictures import imresize, luma
 from lowbit.runtime import load
@@ -485,11 +489,48 @@ def test_export_evaluate_report(whole: Any, folder: Path, tmp_path: Path) -> Non
     page, _ = report.write_report(whole.run_dir, tmp_path / "report.html")
     text = page.read_text()
     assert "PSNR, engine" in text
-    assert "t2.jpg" in text
+    assert "Test pictures, computed by the engine" in text
+    for picture in ("t1.png", "t2.jpg"):
+        assert all(f'alt="{picture}, {what}"' in text for what in ("bicubic", "low-bit", "original"))
+    assert text.count("data:image/png;base64,") == 2 * 3
     assert "held out, bicubic" in text
     facts = dict(report.summary(whole.run_dir))
     assert "over bicubic" not in facts
     assert facts["PSNR, bicubic"].endswith("2 pictures")
+
+
+def test_a_report_where_the_pictures_are_not(whole: Any, tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    shutil.copytree(whole.run_dir, place)
+    if not (place / "model.lowbit").is_file():
+        export_run(place)
+    (place / "recipe.yaml").write_text(recipe(tmp_path / "nowhere").to_yaml())
+    for name in ("evaluation-test-engine.json", "evaluation-test.json"):
+        (place / name).unlink(missing_ok=True)
+    page, missing = report.write_report(place)
+    assert [what for what, _ in missing if "crops" in what] == [
+        f"crops of pictures ({tmp_path / 'nowhere'}: no such folder; pictures are looked for there)"
+    ]
+    text = page.read_text()
+    assert "Test pictures, computed by the training graph" in text
+    assert "data:image/png" not in text
+    assert "nowhere: no such folder" in text
+
+
+def test_crops_beside_their_originals(tmp_path: Path) -> None:
+    """Without a residual the network's crop is the bicubic one; the original is what it was."""
+    write(tmp_path, ["a.png"], height=140, width=150)
+    zero = Upscaler(low_resolution(residual=0.0))
+    ((name, uris, size),) = sidebyside.beside_originals([tmp_path / "a.png"], zero)
+    assert (name, size) == ("a.png", (96, 96))
+    crops = [np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))), int) for uri in uris]
+    whole = np.asarray(Image.open(tmp_path / "a.png"), int)
+    places = [(y, x) for y in (0, 44) for x in (0, 54) if np.array_equal(whole[y : y + 96, x : x + 96], crops[2])]
+    assert places == [(0, 0)], "a grid of 96 pixels has one place in 140 x 150"
+    assert np.abs(crops[0] - crops[1]).max() <= 1
+    assert np.abs(crops[0] - crops[2]).max() > 10
+    ((_, _, size),) = sidebyside.beside_originals([tmp_path / "a.png"], zero, shrink=2)
+    assert size == (74, 70)
 
 
 def test_evaluate_names_broken_pictures(whole: Any, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lowbit.files import write_atomic
 from lowbit.inspect import Contents, inspect
 from lowbit.packfile import FileError
 from lowbit.page import BLUE, GRAY, ORANGE
+from lowbit.predict import ImageError
 from lowbit.train import sensitivity_page
 from lowbit.train.rundir import RunError, read_metrics, read_run
 from lowbit.train.units import result_line
@@ -54,6 +55,7 @@ class _Run:
     contents: Contents | None
     proof: dict[str, Any] | None
     bench: dict[str, Any] | None
+    pictures: tuple[str, dict[str, Any]] | None = None  # of super-resolution: which, and their PSNR and SSIM
     missing: list[Missing] = field(default_factory=list)
 
     @staticmethod
@@ -76,7 +78,12 @@ class _Run:
             missing.append(("the speed", f"lowbit bench {model} --json {place / 'bench.json'}"))
         recipe = place / "recipe.yaml"
         text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
-        return _Run(place, run, read_metrics(place), text, contents, proof, bench, missing)
+        pictures = None
+        if run["metric"] == "psnr":
+            pictures = _measured_pictures(place, run)
+            if contents is not None and (pictures is None or not pictures[0].startswith("Test")):
+                missing.append(("PSNR and SSIM of test pictures", f"lowbit evaluate {model} --split test"))
+        return _Run(place, run, read_metrics(place), text, contents, proof, bench, pictures, missing)
 
     @property
     def confusion(self) -> tuple[list[list[int]], str] | None:
@@ -89,6 +96,19 @@ class _Run:
             if found and found.get("confusion"):
                 return found["confusion"], f"{found['images']:,} {name} images, answered by the training graph"
         return None
+
+
+def _measured_pictures(place: Path, run: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The last evaluation on test pictures, on the engine where there is one, else what training ended with; and which it is."""
+    for name in ("evaluation-test-engine.json", "evaluation-test.json"):
+        found = _read_json(place / name)
+        if found is not None:
+            return f"Test pictures, computed by {found['computed_by']}", found
+    results = run["results"] or {}
+    for part, title in (("test", "Test"), ("validation", "Held-out")):
+        if results.get(part):
+            return f"{title} pictures, computed by the training graph", results[part]
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -178,12 +198,18 @@ def _size_facts(found: _Run) -> list[Fact]:
     return facts
 
 
+def _an_input(found: _Run) -> str:
+    """What one time is the time of: pictures of super-resolution have any size."""
+    size = (found.bench or {}).get("input", ()) if found.run["metric"] == "psnr" else ()
+    return f"luma of {size[1]} x {size[0]} pixels" if len(size) == 3 else "an image"
+
+
 def _speed_facts(found: _Run) -> list[Fact]:
     if found.bench is None:
         return []
     whole, batch, threads = found.bench["whole"], found.bench["batch"], found.bench["threads"]
     on = f"{threads} thread{'s'[: threads > 1]}, {found.bench['isa']}"
-    facts = [("time for an image", f"{1e3 * whole['ours']['median'] / batch:.3f} ms on {on}")]
+    facts = [(f"time for {_an_input(found)}", f"{1e3 * whole['ours']['median'] / batch:.3f} ms on {on}")]
     for name, peer in whole["peers"].items():
         theirs = 1e3 * peer["theirs"]["median"] / batch
         doubt = "" if whole["trusted"] and not peer["noisy"] else " (a noisy measurement)"
@@ -349,8 +375,11 @@ def _render(found: _Run) -> str:
     confusion = found.confusion
     measured = sensitivity_page.read(found.place)
     description = re.search(r"^description: *(.*(?:\n +.*)*)$", found.recipe, flags=re.MULTILINE)
+    crops = _crops(found)
     return page.render(
         "report.html.j2",
+        crops=crops,
+        ours="float" if found.contents is None or found.contents.low_bit_ratio is None else "low-bit",
         run=run,
         description=" ".join(description[1].strip("'\"").split()) if description else "",
         headline=_headline(found),
@@ -363,6 +392,7 @@ def _render(found: _Run) -> str:
         float_bytes=found.proof["float_bytes"] if found.proof else None,
         bench=found.bench,
         peers=PEERS,
+        an_input=_an_input(found),
         peak_plot=_peak_plot(found.bench),
         recipe=found.recipe,
         sensitivity=None if measured is None else sensitivity_page.section(measured),
@@ -391,7 +421,9 @@ def _headline(found: _Run) -> list[tuple[str, str, str]]:
         whole, batch = found.bench["whole"], found.bench["batch"]
         name, peer = next(iter(whole["peers"].items()), ("", None))
         faster = f"{peer['ratio']:.1f}x faster than {PEERS[name][0]}" if peer else ""
-        cards.append((f"{1e3 * whole['ours']['median'] / batch:.3f} ms", "for an image", faster))
+        if peer and (peer["noisy"] or not whole["trusted"]):
+            faster += ", a noisy measurement"
+        cards.append((f"{1e3 * whole['ours']['median'] / batch:.3f} ms", f"for {_an_input(found)}", faster))
     return cards
 
 
@@ -409,14 +441,36 @@ def _psnr_cards(found: _Run) -> list[tuple[str, str, str]]:
 
 
 def _picture_rows(found: _Run) -> tuple[str, list[dict[str, Any]]] | None:
-    """What the pictures of the last evaluation are, and a row for each: of the test set where it was measured."""
-    results = found.run["results"] or {}
-    for part, name in (("test", "Test"), ("validation", "Held-out")):
-        measured = results.get(part)
-        if measured and measured.get("pictures"):
-            mean = {"name": f"mean of {measured['images']}", "width": 0, "height": 0, **measured}
-            return f"{name} pictures, training graph", [*measured["pictures"], mean]
-    return None
+    """What the pictures of the last evaluation are, and a row for each, their mean last."""
+    if found.pictures is None:
+        return None
+    title, measured = found.pictures
+    mean = {"name": f"mean of {measured['images']}", "width": 0, "height": 0, **measured}
+    return title, [*measured["pictures"], mean]
+
+
+def _crops(found: _Run) -> list[tuple[str, list[str], tuple[int, int]]]:
+    """Crops of the test pictures, or the held-out ones: bicubic, the file's, the original. None where the pictures are not here."""
+    if found.run["metric"] != "psnr" or found.contents is None:
+        return []
+    from lowbit import sidebyside
+    from lowbit.train.data import DataError
+    from lowbit.train.data.superres import Pictures
+    from lowbit.train.recipe import load_recipe
+    from lowbit.train.trainer import load_data
+    from lowbit.upscale import Upscaler
+
+    try:
+        data = load_data(load_recipe(found.place / "recipe.yaml"))
+        if not isinstance(data, Pictures):
+            return []
+        shown = sidebyside.beside_originals(
+            data.test or data.val, Upscaler(found.place / "model.lowbit"), 1 if data.test else data.shrink
+        )
+    except (DataError, ImageError) as error:
+        found.missing.append((f"crops of pictures ({error})", "lowbit report, where the recipe's pictures are"))
+        return []
+    return shown
 
 
 def _confusion_rows(table: list[list[int]], what: str, classes: list[str]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lowbit.files import write_atomic
 from lowbit.pictures import Picture, from_float, imresize, read_picture, to_float
 from lowbit.upscale import Job, UpscaleError, Upscaler
 
-__all__ = ["check_place", "places", "write_page"]
+__all__ = ["beside_originals", "check_place", "places", "write_page"]
 
 Pixels = NDArray[np.uint8]
 
@@ -154,8 +154,8 @@ def _shown(job: Job, larger: Upscaler, beside: Upscaler | None) -> Shown:
     return Shown(job.source.name, size, np.asarray(small), zoom, crops)
 
 
-def places(picture: Picture) -> list[tuple[int, int]]:
-    """Top and left of the crops: of a grid of them, where the gray values of neighbours differ most."""
+def places(picture: Picture, count: int = CROPS) -> list[tuple[int, int]]:
+    """Top and left of so many crops: of a grid of them, where the gray values of neighbours differ most."""
     height, width = min(SIDE, picture.height), min(SIDE, picture.width)
     found = []
     for top in range(0, picture.height - height + 1, height):
@@ -164,32 +164,77 @@ def places(picture: Picture) -> list[tuple[int, int]]:
         for left in range(0, picture.width - width + 1, width):
             detail = down[:, left : left + width].sum() + across[:, left : left + width - 1].sum()
             found.append((-float(detail), top, left))
-    return [(top, left) for _, top, left in sorted(sorted(found)[:CROPS], key=lambda f: f[1:])]
+    return [(top, left) for _, top, left in sorted(sorted(found)[:count], key=lambda f: f[1:])]
 
 
 def _crop(given: Picture, made: Picture, place: tuple[int, int], s: int, beside: Upscaler | None) -> Crop:
     top, left = place
     height, width = min(SIDE, given.height), min(SIDE, given.width)
-
-    def around(margin: int) -> tuple[Picture, tuple[slice, slice]]:
-        """The crop with a margin, where the picture has one, and the crop's place in what that becomes."""
-        y0, x0 = max(0, top - margin), max(0, left - margin)
-        rows, columns = slice(y0, top + height + margin), slice(x0, left + width + margin)
-        alpha = None if given.alpha is None else given.alpha[rows, columns]
-        inside = slice(s * (top - y0), s * (top - y0 + height)), slice(s * (left - x0), s * (left - x0 + width))
-        return Picture(given.pixels[rows, columns], alpha), inside
-
-    part, inside = around(_MARGIN)
+    part, inside = _around(given, place, _MARGIN, s)
     nearest = _rgb(part).repeat(s, axis=0).repeat(s, axis=1)[inside]
-    bicubic = from_float(imresize(to_float(_rgb(part)), s), np.uint8)[inside]
     kept = slice(s * top, s * (top + height)), slice(s * left, s * (left + width))
     alpha = None if made.alpha is None else made.alpha[kept]
-    variants = [nearest, bicubic, _rgb(Picture(made.pixels[kept], alpha))]
+    variants = [nearest, _bicubic(given, place, s), _rgb(Picture(made.pixels[kept], alpha))]
     if beside is not None:
-        r = beside.reach
-        part, inside = around(max(_MARGIN, r.top, r.left, r.bottom, r.right))
-        variants.append(_rgb(beside.picture(part))[inside])
+        variants.append(_enlarged(given, place, beside))
     return Crop(top, left, height, width, tuple(variants))
+
+
+def _around(given: Picture, place: tuple[int, int], margin: int, s: int) -> tuple[Picture, tuple[slice, slice]]:
+    """The crop with a margin, where the picture has one, and the crop's place in what that becomes."""
+    top, left = place
+    height, width = min(SIDE, given.height), min(SIDE, given.width)
+    y0, x0 = max(0, top - margin), max(0, left - margin)
+    rows, columns = slice(y0, top + height + margin), slice(x0, left + width + margin)
+    alpha = None if given.alpha is None else given.alpha[rows, columns]
+    inside = slice(s * (top - y0), s * (top - y0 + height)), slice(s * (left - x0), s * (left - x0 + width))
+    return Picture(given.pixels[rows, columns], alpha), inside
+
+
+def _bicubic(given: Picture, place: tuple[int, int], s: int) -> Pixels:
+    part, inside = _around(given, place, _MARGIN, s)
+    pixels: Pixels = from_float(imresize(to_float(_rgb(part)), s), np.uint8)[inside]
+    return pixels
+
+
+def _enlarged(given: Picture, place: tuple[int, int], larger: Upscaler) -> Pixels:
+    """The crop of the enlarged picture, computed from its surroundings alone: as if all of it had been."""
+    r = larger.reach
+    part, inside = _around(given, place, max(_MARGIN, r.top, r.left, r.bottom, r.right), larger.scale)
+    return _rgb(larger.picture(part))[inside]
+
+
+def beside_originals(
+    paths: Sequence[Path], larger: Upscaler, shrink: int = 1
+) -> list[tuple[str, list[str], tuple[int, int]]]:
+    """Crops of pictures that are made small and enlarged again, one of each picture.
+
+    Args:
+        paths: of the originals; the first `PICTURES` are shown.
+        larger: the network.
+        shrink: the originals are first made so many times smaller.
+
+    Returns:
+        Name; bicubic, the network's and the original crop, as ``data:`` addresses; their width and height.
+
+    Raises:
+        ImageError: a picture that can't be read.
+    """
+    s = larger.scale
+    found = []
+    for path in paths[:PICTURES]:
+        x = to_float(_rgb(read_picture(path)))
+        if shrink > 1:
+            x = imresize(x, 1 / shrink)
+        x = x[: x.shape[0] // s * s, : x.shape[1] // s * s]
+        given = Picture(from_float(imresize(np.ascontiguousarray(x), 1 / s), np.uint8))
+        ((top, left),) = places(given, 1)
+        bicubic = _bicubic(given, (top, left), s)
+        height, width = bicubic.shape[:2]
+        original = from_float(x[s * top : s * top + height, s * left : s * left + width], np.uint8)
+        crops = (bicubic, _enlarged(given, (top, left), larger), original)
+        found.append((path.name, [_uri(crop) for crop in crops], (width, height)))
+    return found
 
 
 def _rgb(picture: Picture) -> Pixels:

@@ -52,9 +52,9 @@ def bench_file(
         peers: names in `lowbit.bench.PEERS`, or "all".
 
     Returns:
-        Plain JSON: ``format, file, network, isa, threads, batch, machine, versions, missing, peak, startup, whole, layers, warnings``.
-        Seconds are of one call, so of `batch` images. ``whole`` has ``ours`` and ``peers``, ``missing`` a sentence for each peer
-        that is not installed.
+        Plain JSON: ``format, file, network, isa, threads, batch, input, machine, versions, missing, peak, startup, whole, layers,
+        warnings``. Seconds are of one call, so of `batch` images. ``whole`` has ``ours`` and ``peers``, ``missing`` a sentence for each
+        peer that is not installed.
 
     Raises:
         FileError: not a lowbit file. ValueError: more threads than cores, an unknown isa or peer.
@@ -78,6 +78,7 @@ def bench_file(
         "isa": engine.isa,
         "threads": threads,
         "batch": batch,
+        "input": list(graph.input.attrs["shape"]),
         "machine": machine(),
         "versions": versions(*PACKAGES),
         "missing": missing,
