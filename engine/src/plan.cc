@@ -876,8 +876,6 @@ class Planner {
     s.info.weight_bytes *= 2;
   }
 
-  static int32_t Twice(int32_t x) { return int32_t(uint32_t(x) << 16 | (uint32_t(x) & 0xffff)); }
-
   static void InvertFilter(PlanStep& s, int64_t o, int groups) {
     for (int64_t k = 0; k < s.depth; ++k) BitWord(s, o, k, groups) ^= ~0u;
   }

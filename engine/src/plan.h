@@ -10,6 +10,8 @@
 namespace lowbit {
 
 inline int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// What kHalfBits kernels have in either half of a word.
+inline int32_t Twice(int32_t x) { return int32_t(uint32_t(x) << 16 | (uint32_t(x) & 0xffff)); }
 inline int64_t RepSize(Rep rep) {
   return rep == Rep::kU8 ? 1 : rep == Rep::kS16 || rep == Rep::kF16 || rep == Rep::kHalfBits ? 2 : 4;
 }

@@ -927,7 +927,7 @@ int64_t Engine::DebugNudgeThresholds(int delta) {
       const bool constant = counts ? limit >= 0 || limit < -last : limit == INT32_MIN;
       if (int64_t(i) % padded >= channels || constant) continue;
       limits[i] = counts ? limit - delta : limit + delta;
-      if (s.halves && counts) limits[i] = int32_t(uint32_t(limits[i]) << 16 | (uint32_t(limits[i]) & 0xffff));
+      if (s.halves && counts) limits[i] = Twice(limits[i]);
       ++count;
     }
   }
