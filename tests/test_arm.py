@@ -28,7 +28,7 @@ from lowbit import runtime
 from lowbit.bits import Codes
 from lowbit.graph import Graph, Node, Tensor
 from lowbit.interpreter import run
-from test_engine import AVAILABLE, KERNELS, NOWHERE, SEED, binary_net, one_product, same, signs
+from test_engine import AVAILABLE, KERNELS, NOWHERE, SEED, binary_net, every_half, one_product, same, signs
 
 ROOT = Path(__file__).parents[1]
 # `make test-arm` sets both: without the tools it fails, and it draws more graphs.
@@ -345,23 +345,6 @@ def one_layer(op: str, weight: Tensor, shape: tuple[int, ...], code: Codes, **at
         Node("output", "y", ("p",)),
     )
     return Graph(nodes, {"w": weight})
-
-
-def every_half() -> tuple[Graph, np.ndarray]:
-    """All finite float16 numbers, and the float32 numbers halfway between them and next to that; in, out and added."""
-    half = np.arange(2**16, dtype=np.uint16).view(np.float16)
-    exact = half[np.isfinite(half)].astype(np.float32)
-    middle = ((exact[:-1].astype(np.float64) + exact[1:]) / 2).astype(np.float32)
-    x = np.concatenate([exact, middle, np.nextafter(middle, np.float32(9)), np.nextafter(middle, np.float32(-9))])
-    x = x[np.abs(x) < 65504]
-    nodes = (
-        Node("input", "x", attrs={"shape": (64,), "dtype": "float32"}),
-        Node("cast", "h", ("x",), attrs={"dtype": "float16"}),
-        Node("relu", "r", ("h",)),
-        Node("add", "s", ("h", "r")),
-        Node("output", "y", ("s",)),
-    )
-    return Graph(nodes, {}), np.resize(x, (len(x) // 64, 64))
 
 
 def zeros_and_ties() -> tuple[Graph, np.ndarray]:

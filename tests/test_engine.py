@@ -300,14 +300,13 @@ def test_flush_to_zero_of_the_caller_does_not_matter() -> None:
     assert not any(results)
 
 
-def test_float16_conversions_of_every_half() -> None:
-    """All finite float16 numbers, and the float32 numbers halfway between them and next to that, through every ISA."""
+def every_half() -> tuple[Graph, np.ndarray]:
+    """All finite float16 numbers, and the float32 numbers halfway between them and next to that; in, out and added."""
     half = np.arange(2**16, dtype=np.uint16).view(np.float16)
     exact = half[np.isfinite(half)].astype(np.float32)
     middle = ((exact[:-1].astype(np.float64) + exact[1:]) / 2).astype(np.float32)
     x = np.concatenate([exact, middle, np.nextafter(middle, np.float32(9)), np.nextafter(middle, np.float32(-9))])
     x = x[np.abs(x) < 65504]
-    x = np.resize(x, (len(x) // 64, 64))
     nodes = (
         Node("input", "x", attrs={"shape": (64,), "dtype": "float32"}),
         Node("cast", "h", ("x",), attrs={"dtype": "float16"}),
@@ -315,7 +314,12 @@ def test_float16_conversions_of_every_half() -> None:
         Node("add", "s", ("h", "r")),
         Node("output", "y", ("s",)),
     )
-    graph = Graph(nodes, {})
+    return Graph(nodes, {}), np.resize(x, (len(x) // 64, 64))
+
+
+def test_float16_conversions_of_every_half() -> None:
+    """Through every ISA."""
+    graph, x = every_half()
     output, values = run(graph, x, trace=True)
     for isa in AVAILABLE:
         assert not difference(load(graph, isa=isa), x, output, values)
