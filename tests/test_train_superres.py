@@ -21,6 +21,7 @@ from lowbit import cli, interpreter, report, sidebyside
 from lowbit.bench.superres import low_resolution
 from lowbit.graph import Node
 from lowbit.pictures import imresize, luma
+from lowbit.published import published
 from lowbit.runtime import load
 from lowbit.train import freeze, prepare, resize_bicubic
 from lowbit.train.data import DATASETS, Augment, DataError
@@ -515,6 +516,33 @@ def test_a_report_where_the_pictures_are_not(whole: Any, tmp_path: Path) -> None
     assert "Test pictures, computed by the training graph" in text
     assert "data:image/png" not in text
     assert "nowhere: no such folder" in text
+
+
+def test_published_numbers_stand_beside_the_same_set_only() -> None:
+    assert published("Set5", 5, 2, 33.68) == published("set5", 5, 2, 33.66)
+    name, rows = published("BSD100", 100, 4, 25.96) or ("", {})
+    assert name == "B100"
+    assert rows["VDSR float"] == 27.29
+    assert list(rows)[:2] == ["bicubic", "VDSR float"]
+    for other in (("Set5", 4, 2, 33.66), ("Set5", 5, 2, 33.5), ("Set6", 5, 2, 33.66), ("Set5", 5, 8, 33.66)):
+        assert published(*other) is None
+
+
+def test_a_standard_set(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Papers' numbers in what evaluate prints and in the report; here the pictures are made up, and so is what they are held against."""
+    write(tmp_path / "Set5", [f"{name}.png" for name in "abcde"], height=40, width=44)
+    run = tmp_path / "run"
+    shutil.copytree(whole.run_dir, run)
+    arguments = ["evaluate", str(run), "--data", str(tmp_path / "Set5")]
+    assert "published" not in CliRunner().invoke(cli.app, arguments).output
+    monkeypatch.setattr("lowbit.published.SAME", 100.0)
+    assert "published on Set5 x2, PSNR in dB: bicubic 33.66, VDSR float 37.53" in " ".join(
+        CliRunner().invoke(cli.app, arguments).output.split()
+    )
+    text = report.write_report(run)[0].read_text()
+    assert "Set5 x2" in text
+    assert "VDSR IR-Net 1/1, published" in text
+    assert "36.94" in text
 
 
 def test_crops_beside_their_originals(tmp_path: Path) -> None:

@@ -358,6 +358,10 @@ def _print_pictures(
     row(f"mean of {found['images']}", found, other)
     out.print(table)
     out.print("PSNR in dB, of luma" + ("" if beside is None else f"; beside: {escape(str(beside))}"), soft_wrap=True)
+    if "published" in found:
+        said = found["published"]
+        rows = ", ".join(f"{name} {psnr:.2f}" for name, psnr in said["psnr"].items())
+        out.print(f"published on {said['set']} x{said['scale']}, PSNR in dB: {rows}", soft_wrap=True)
     if "written" in found:
         out.print(f"wrote [bold]{escape(found['written'])}[/]", soft_wrap=True)
     if found["broken"]:

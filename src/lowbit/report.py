@@ -200,7 +200,7 @@ def _size_facts(found: _Run) -> list[Fact]:
 
 def _an_input(found: _Run) -> str:
     """What one time is the time of: pictures of super-resolution have any size."""
-    size = (found.bench or {}).get("input", ()) if found.run["metric"] == "psnr" else ()
+    size: Sequence[int] = (found.bench or {}).get("input", ()) if found.run["metric"] == "psnr" else ()
     return f"luma of {size[1]} x {size[0]} pixels" if len(size) == 3 else "an image"
 
 
@@ -379,6 +379,7 @@ def _render(found: _Run) -> str:
     return page.render(
         "report.html.j2",
         crops=crops,
+        papers=_papers(found),
         ours="float" if found.contents is None or found.contents.low_bit_ratio is None else "low-bit",
         run=run,
         description=" ".join(description[1].strip("'\"").split()) if description else "",
@@ -447,6 +448,16 @@ def _picture_rows(found: _Run) -> tuple[str, list[dict[str, Any]]] | None:
     title, measured = found.pictures
     mean = {"name": f"mean of {measured['images']}", "width": 0, "height": 0, **measured}
     return title, [*measured["pictures"], mean]
+
+
+def _papers(found: _Run) -> list[dict[str, Any]]:
+    """The evaluations on standard sets, which papers report on; on the engine where there are both."""
+    kept: dict[str, dict[str, Any]] = {}
+    for path in sorted(found.place.glob("evaluation-*.json")):  # NAME-engine.json before NAME.json
+        tree = _read_json(path)
+        if tree is not None and "published" in tree:
+            kept.setdefault(tree["published"]["set"], tree)
+    return list(kept.values())
 
 
 def _crops(found: _Run) -> list[tuple[str, list[str], tuple[int, int]]]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowbit.graph import Graph
 from lowbit.packfile import read
+from lowbit.published import published
 from lowbit.runtime import Engine, load
 from lowbit.train.data import DATASETS, DataError, DataSource, ImageData, cifar, rounds
 from lowbit.train.data.images import Part
@@ -47,7 +48,8 @@ def evaluate_run(run_dir: str | os.PathLike[str], data: str | None = None, split
         What ``Task.evaluate`` gives, of classification ``accuracy`` (0 to 1), ``loss``, ``images``, ``confusion``, of
         super-resolution ``psnr``, ``ssim`` and what else ``tasks.superres.means`` gives; ``metric`` and ``computed_by``. Of the latter
         also ``broken``, the names of pictures that were passed over, and ``written``, the file in the run directory that holds all
-        this: ``evaluation-SPLIT.json``, or of a folder ``evaluation-FOLDER.json``.
+        this: ``evaluation-SPLIT.json``, or of a folder ``evaluation-FOLDER.json``; and ``published``, where the folder is a standard set
+        (`lowbit.published`), with ``set, scale, psnr``.
 
     Raises:
         RunError: not a finished run. DataError: the data is missing.
@@ -60,8 +62,9 @@ def evaluate_run(run_dir: str | os.PathLike[str], data: str | None = None, split
     by = {"metric": run["metric"], "computed_by": "the training graph"}
     if not spec.classes:
         name, source, part = _pictures(recipe, data, split, spec.upscale)
-        found = evaluate(model, recipe, spec, source.evaluation(part, 1))
-        return _kept(run_dir, f"evaluation-{name}.json", {**found, **by, "broken": list(source.broken)})
+        found = dict(evaluate(model, recipe, spec, source.evaluation(part, 1)))
+        found |= {**by, "broken": list(source.broken), **_papers(name, spec.upscale, found)}
+        return _kept(run_dir, f"evaluation-{name}.json", found)
     batches = _split(_of_recipe(recipe, data, split), split, spec.classes, t.eval_batch_size, t.workers)
     return {**evaluate(model, recipe, spec, batches), **by}
 
@@ -143,6 +146,7 @@ def _evaluate_pictures(path: Path, graph: Graph, data: str | None, split: str, t
         "computed_by": _by(upscaler.isa, threads),
         "broken": list(source.broken),
     }
+    found |= _papers(name, upscaler.scale, found)
     in_run = (path.parent / "recipe.yaml").is_file()
     return _kept(path.parent, f"evaluation-{name}-engine.json", found) if in_run else found
 
@@ -155,6 +159,12 @@ def evaluate_pictures(upscaler: Upscaler, source: Pictures, part: Part) -> dict[
         bicubic = resize_bicubic(pair[0], scale)[0, 0].numpy()
         rows.append(compare(pair.name, upscaler(low), bicubic, high, scale))
     return means(rows)
+
+
+def _papers(name: str, scale: int, found: Mapping[str, Any]) -> dict[str, Any]:
+    """``published`` where these are the pictures that papers report on."""
+    there = published(name, found["images"], scale, found["psnr_bicubic"])
+    return {} if there is None else {"published": {"set": there[0], "scale": scale, "psnr": there[1]}}
 
 
 def _kept(run_dir: Path, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
