@@ -341,7 +341,15 @@ def test_photographs_that_are_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("upscale", [2, 3, 4])
-@pytest.mark.parametrize(("name", "arguments"), [("bireal_sr", {"width": 4, "blocks": 2}), ("linear_sr", {})])
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("bireal_sr", {"width": 4, "blocks": 2}),
+        ("linear_sr", {}),
+        ("vdsr", {"width": 4, "depth": 4, "zero_tail": True}),
+        ("vdsr", {"width": 4, "depth": 4, "skip": True, "scaled": True, "shifted": True, "gray": 0.5}),
+    ],
+)
 def test_an_untrained_network_is_bicubic(name: str, arguments: dict[str, int], upscale: int) -> None:
     model = build_model(name, classes=0, in_channels=1, image_size=9, upscale=upscale, **arguments)
     x = torch.rand(2, 1, 9, 7)
@@ -394,9 +402,26 @@ WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "slb-4/4-dorefa": ("bireal_sr", {"shift": 0.5}, {"method": "slb", "weight_bits": 4, "activation_bits": 4}),
     "dorefa": ("bireal_sr", {"gain": 0.2}, {"method": "dorefa", "activation": "reactnet"}),
     "slb-1/32": ("bireal_sr", {}, {"method": "slb", "activation_bits": 32}),
+    "slb-2/32-int8-edges-float16": (
+        "bireal_sr",
+        {},
+        {
+            "method": "slb",
+            "weight_bits": 2,
+            "activation_bits": 32,
+            "edges": "int8",
+            "residual_dtype": "float16",
+            "overrides": TAIL8,
+        },
+    ),
     "float": ("bireal_sr", {"gain": 0.2}, {"method": "float", "activation_bits": 32}),
     "linear": ("linear_sr", {}, {"method": "float", "activation_bits": 32}),
     "vdsr": ("vdsr", {"depth": 4, "act": "prelu", "skip": True, "scaled": True}, {"method": "slb"}),
+    "vdsr-shifted": (
+        "vdsr",
+        {"depth": 4, "act": "prelu", "skip": True, "scaled": True, "shifted": True, "gray": 0.5},
+        {"method": "slb", "residual_dtype": "float16"},
+    ),
     "vdsr-naive": ("vdsr", {"depth": 4}, {"method": "sign"}),
 }
 
