@@ -94,13 +94,16 @@ def test_resolved_recipes_read_back_equal(path: Path) -> None:
 def test_the_page_on_recipes_is_right(tmp_path: Path) -> None:
     """Its examples are read, and it names every key."""
     text = (ROOT / "docs" / "RECIPES.md").read_text(encoding="utf-8")
-    recipe, table = (block.partition("```")[0] for block in text.split("```yaml\n")[1:])
+    recipe, table, space = (block.partition("```")[0] for block in text.split("```yaml\n")[1:])
     parse_recipe(yaml.safe_load(recipe))
     path = tmp_path / "mine-on-cifar10.yaml"
     path.write_text(table)
     cells = load_table(path).cells()
     assert {"1/1", "1/2", "2/2", "float", "dorefa", "lns", "mine"} == {cell.label for cell in cells}
     assert len(load_table(path).tries()) == 3 * 7
+    path = tmp_path / "fashion.yaml"
+    path.write_text(space)
+    assert load_space(path).space
     sections = [QuantizeConfig, AugmentConfig, TrainConfig, DistillConfig, ScheduleConfig]
     keys = {key for section in sections for key in section.model_fields} | set(columns("accuracy"))
     assert [

@@ -328,6 +328,7 @@ def test_command(call: Call, run_dir: Path, tmp_path: Path) -> None:  # noqa: F8
         "sensitivity", run_dir, *settings, "--loss", 50, "-o", tmp_path / "m.yaml", "--set", "seed=7"
     )
     assert status == 0
+    shown = " ".join(shown.split())  # lines are as long as the terminal is wide
     assert "what each layer alone loses" in shown
     assert "by loss for each byte saved" in shown
     assert "proposed" in shown
