@@ -101,9 +101,9 @@ def test_the_page_on_recipes_is_right(tmp_path: Path) -> None:
     cells = load_table(path).cells()
     assert {"1/1", "1/2", "2/2", "float", "dorefa", "lns", "mine"} == {cell.label for cell in cells}
     assert len(load_table(path).tries()) == 3 * 7
-    path = tmp_path / "fashion.yaml"
+    path = tmp_path / "mine.yaml"
     path.write_text(space)
-    assert load_space(path).space
+    assert load_space(path).name == "mine"
     sections = [QuantizeConfig, AugmentConfig, TrainConfig, DistillConfig, ScheduleConfig]
     keys = {key for section in sections for key in section.model_fields} | set(columns("accuracy"))
     assert [
