@@ -14,8 +14,8 @@ struct Threshold {
   bool flip;
 };
 
-// The threshold of one channel of `steps` (float steps, then a store of bits) over accumulators low..high, or nothing where
-// those steps are not monotone or leave the finite numbers.
+// The threshold of one channel of `steps` (float steps, then a store of bits) over accumulators low..high, or nothing
+// where those steps are not monotone or leave the finite numbers.
 std::optional<Threshold> FindThreshold(const std::vector<EpilogueStep>& steps, size_t channel, int32_t low,
                                        int32_t high);
 
