@@ -964,6 +964,53 @@ def test_super_resolution_networks(build: Callable[..., Graph], isa: str) -> Non
             assert last["bytes"] <= size[0] * scale * (size[1] * scale + 15) * 4
 
 
+@pytest.mark.parametrize("isa", AVAILABLE)
+def test_codes_of_one_channel(isa: str) -> None:
+    """Stored without a gap where convolutions alone read them; rows longer and shorter than a piece of 960 pixels."""
+    kinds = (("signed", 8), ("unsigned", 8), ("signed", 4), ("unsigned", 2), ("signed", 2), ("bipolar", 1))
+    kernels = ((3, 1, 1), (1, 2, 1), (5, 1, 2), (7, 2, 1))  # size, stride, dilation
+    for seed, (kind, bits) in enumerate(kinds * 4):
+        rng = np.random.default_rng(seed)
+        kernel, stride, dilation = kernels[seed % 4]
+        shape = (((13, 17), (3, 1001), (29, 2), (8, 960))[seed // 6 % 4]) + (1,)
+        codes = {"kind": kind, "bits": bits} | ({} if (kind, bits) == ("bipolar", 1) else {"reciprocal": 7.5})
+        nodes = [Node("input", "x", attrs={"shape": shape, "dtype": "float32"})]
+        if seed % 3:
+            nodes.append(Node("add", "less", ("x",), {"term": "less"}))
+        nodes.append(Node("quantize", "q", (nodes[-1].name,), attrs=codes))
+        reach = dilation * (kernel - 1) // 2
+        conv = {"stride": (stride,) * 2, "dilation": (dilation,) * 2, "padding": (reach,) * 4, "groups": 1}
+        other = {"stride": (stride,) * 2, "dilation": (1, 1), "padding": (0,) * 4, "groups": 1}
+        nodes.append(Node("conv2d", "c", ("q",), {"weight": "w"}, conv))
+        nodes.append(Node("conv2d", "d", ("q",), {"weight": "v"}, other))
+        nodes.append(Node("mul", "m", ("c",), {"factor": "f"}))
+        nodes.append(Node("mul", "n", ("d",), {"factor": "f"}))
+        nodes.append(Node("add", "a", ("m", "n")))
+        if seed % 5 == 0:  # somebody else reads the codes too
+            nodes += [Node("mul", "o", ("q",), {"factor": "f"}), Node("global_avg_pool", "p", ("o",))]
+            nodes += [Node("global_avg_pool", "b", ("a",)), Node("concat", "e", ("b", "p"))]
+        nodes.append(Node("output", "y", (nodes[-1].name,)))
+        weights = Codes(("signed", "bipolar")[seed % 2], (8, 1)[seed % 2])
+        tensors = {
+            "less": Tensor(np.float32([-0.5])),
+            "f": Tensor(np.float32([0.125])),
+            "w": Tensor(rng.choice(weights.values, (20, kernel, kernel, 1)), weights),
+            "v": Tensor(rng.choice(weights.values, (20, 1, 1, 1)), weights),
+        }
+        graph = Graph(tuple(nodes), {k: t for k, t in tensors.items() if k != "less" or seed % 3})
+        x = rng.normal(size=(2, *shape)).astype(np.float32) * 8
+        output, values = run(graph, x, trace=True)
+        for threads in (1, 2)[:CORES]:
+            engine = load(graph, isa=isa, threads=threads)
+            if threads > 1:
+                engine._native._debug_always_share()
+            assert difference(engine, x, output, values) == "", f"seed {seed}, {threads} threads"
+        flat = seed % 5 != 0 and kind != "bipolar" and shape[1] > 16
+        codes_step = next(step for step in engine.plan if "q" in step["values"])
+        if flat and isa == "avx512":  # a byte for each pixel, in blocks of 16, and not 16 bytes
+            assert codes_step["bytes"] < shape[0] * shape[1] * 16, seed
+
+
 @dataclass
 class Begun:
     """A builder with an image x (float32) and its signs q, 5 x 5 x 8."""

@@ -61,6 +61,7 @@ class Planner {
     if (!network.finished) throw std::invalid_argument("the network has no output yet");
     consumers_.resize(nodes_.size());
     done_.resize(nodes_.size());
+    flat_codes_.resize(nodes_.size());
     for (size_t n = 0; n < nodes_.size(); ++n) {
       for (Value x : nodes_[n].inputs) {
         auto& list = consumers_[size_t(x)];
@@ -127,7 +128,7 @@ class Planner {
     if (LowestCode(n.weights.type) < -128 || HighestCode(n.weights.type) > 127) return false;
     if (node(v).op != Op::kInput && !x.zero_point.empty()) return false;  // pixels that were flattened
     const int64_t c = x.shape.channels;
-    return ReadsSource(n, Rep::kS16, node(v).op == Op::kInput ? c : RoundUp(c, kLanes));
+    return ReadsSource(n, Rep::kS16, node(v).op == Op::kInput || flat_codes_[size_t(v)] ? c : RoundUp(c, kLanes));
   }
 
   // Weights of 1 or 2 bits that are whole steps apart, and small codes: by tables where that takes less time. Figures
@@ -137,7 +138,7 @@ class Planner {
     const Codes& w = n.weights.type;
     const ValueType& x = type(n.inputs[0]);
     if (w.bits > 2 || (w.kind != Kind::kBipolar && w.kind != Kind::kSigned)) return false;
-    if (node(n.inputs[0]).op == Op::kInput || !x.zero_point.empty()) return false;
+    if (node(n.inputs[0]).op == Op::kInput || flat_codes_[size_t(n.inputs[0])] || !x.zero_point.empty()) return false;
     const Shape &in = x.shape, &out = n.type.shape;
     if (out.height * out.width == 1) return false;
     const int most = HighestCode(x.codes) - LowestCode(x.codes);
@@ -353,14 +354,17 @@ class Planner {
       std::vector<Value> rest;
       std::vector<Value> quantizes;
       for (Value c : consumers_[size_t(v)]) {
-        (node(c).op == Op::kQuantize && !s.flat ? quantizes : rest).push_back(c);
+        (node(c).op == Op::kQuantize && (!s.flat || MayLieFlat(c)) ? quantizes : rest).push_back(c);
       }
       const auto next =
           std::find_if(rest.begin(), rest.end(), [&](Value c) { return !done_[size_t(c)] && CanFollow(s, c, v); });
       const Value follow = next == rest.end() ? -1 : *next;
       if (next != rest.end()) rest.erase(next);
       Store(s, v, rest);
-      for (Value q : quantizes) StoreQuantized(s, q);
+      for (Value q : quantizes) {
+        flat_codes_[size_t(q)] = s.flat;
+        StoreQuantized(s, q);
+      }
       if (follow < 0) return;
       Follow(s, follow, v);
       v = follow;
@@ -430,12 +434,16 @@ class Planner {
     s.info.isa = kernels_.isa;
     s.tile = Natural(type(n.inputs[0]));
     s.sources.push_back(Source(n.inputs[0], s.tile));
-    if (n.op == Op::kQuantize) return StoreQuantized(s, v);
-    s.flat = IsFlat(n.type) && std::all_of(n.inputs.begin(), n.inputs.end(), [&](Value x) {
+    s.flat = (n.op == Op::kQuantize ? MayLieFlat(v) : IsFlat(n.type)) &&
+             std::all_of(n.inputs.begin(), n.inputs.end(), [&](Value x) {
                const auto stored = stored_.find({x, Natural(type(x))});
                return IsFlat(type(x)) && stored != stored_.end() && plan_.buffers[size_t(stored->second)].pixel == 1;
              });
     if (s.flat) s.tile_pixels = kFlatPixels;
+    if (n.op == Op::kQuantize) {
+      flat_codes_[size_t(v)] = s.flat;
+      return StoreQuantized(s, v);
+    }
     if (n.op == Op::kAddValue && n.inputs[0] == n.inputs[1]) {
       PushSlot(s, s.tile == Rep::kF16 ? Step::kAddF16 : Step::kAddF32, s.sources[0]);
       Cover(s, v);
@@ -465,6 +473,15 @@ class Planner {
   static bool IsFlat(const ValueType& t) {
     return t.shape.image && t.shape.channels == 1 && t.shape.width > 1 &&
            (t.dtype == Dtype::kFloat32 || t.dtype == Dtype::kFloat16);
+  }
+
+  // Codes of one channel that are read as numbers, by convolutions alone.
+  bool MayLieFlat(Value q) const {
+    const auto& readers = consumers_[size_t(q)];
+    return IsFlat(type(node(q).inputs[0])) && std::all_of(readers.begin(), readers.end(), [&](Value c) {
+             return node(c).op == Op::kConv && node(c).groups == 1 && node(c).weights.integer && !IsBitConv(node(c)) &&
+                    node(c).offsets.weight.empty();
+           });
   }
 
   // Keys' cubic with a = -0.5 at the taps around every phase's position (docs/OPS.md).
@@ -1073,7 +1090,7 @@ class Planner {
   const std::vector<Node>& nodes_;
   const Kernels& kernels_;
   std::vector<std::vector<Value>> consumers_;
-  std::vector<bool> done_;
+  std::vector<bool> done_, flat_codes_;  // flat_codes_: of one channel, stored without a gap between pixels
   std::map<std::pair<Value, Rep>, int> stored_;
   Plan plan_;
 };
