@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help demo demo-sr test test-engine test-asan test-arm test-long test-recipes lint format bench bench-lce data data-sr clean install
 help:
 	@echo "make demo    train a 1-bit network on Fashion-MNIST, export it, prove it, time it (5 to 10 minutes on 2 cores)"
-	@echo "make demo-sr train a 1-bit network that doubles pictures, and a linear control; export, prove, enlarge (about 10 minutes)"
+	@echo "make demo-sr train a 1-bit network that doubles pictures, and a linear control; export, prove, enlarge (3 minutes on 2 idle cores)"
 	@echo "make test    the test suite"
 	@echo "make test-engine   the engine on over 2,000 random graphs, and against guard pages (about 3 minutes)"
 	@echo "make test-asan     the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 6 minutes)"
