@@ -169,6 +169,7 @@ def test_version(call: Call) -> None:
         ("zoo", "measured"),
         ("recipes", "recipes/fashion-mnist/bireal14-w1a1-slb-demo.yaml"),
         ("tables", "recipes/tables/fashion-mnist-bits.yaml"),
+        ("search", "recipes/search/fashion-mnist.yaml"),
         ("models", "bireal_resnet14"),
         ("methods", "slb"),
         ("methods", "Options: t_min=0.1, clip=True"),

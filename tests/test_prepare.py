@@ -110,6 +110,14 @@ def test_float_method_leaves_float_layers() -> None:
     assert torch.equal(model.eval()(x), Net().eval()(x))
 
 
+def test_float_without_bits_is_float_throughout() -> None:
+    assert set(kinds(net(method="float", edges="float", image=None)).values()) == {"float"}
+    asked = kinds(net(method="float", weight_bits=32, activation_bits=1, edges="float", image=None))
+    assert set(asked.values()) == {"float", "Float32/SignActivation"}
+    override = net(overrides={"blocks.0.*": {"method": "float"}}, image=None)
+    assert kinds(override)["blocks.0.conv"] == "float"
+
+
 def test_skip_and_overrides() -> None:
     model = net(
         skip=["blocks.0.*"],

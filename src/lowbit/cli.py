@@ -1282,6 +1282,7 @@ class Kind(StrEnum):
     zoo = "zoo"
     recipes = "recipes"
     tables = "tables"
+    search = "search"
     models = "models"
     methods = "methods"
     datasets = "datasets"
@@ -1291,7 +1292,7 @@ class Kind(StrEnum):
 
 @app.command("list", epilog="Example: lowbit list methods")
 def list_(kind: Annotated[Kind | None, typer.Argument(help="What to list; by default everything.")] = None) -> None:
-    """List what there is: the zoo's networks, recipes and tables in this folder, models, methods, data sets, ops, instruction sets."""
+    """List what there is: the zoo's networks, recipes, tables and spaces to search in this folder, models, methods, data sets, ops, instruction sets."""
     for wanted in [kind] if kind else list(Kind):
         try:
             rows = _LISTS[wanted]()
@@ -1325,24 +1326,26 @@ def _kind(path: Path) -> str:
     return path.parent.name if path.parent.name in ("tables", "search") else "recipes"
 
 
-def _recipes(tables: bool = False) -> list[tuple[str, ...]]:
+def _recipes(kind: str = "recipes") -> list[tuple[str, ...]]:
     import yaml
 
     rows: list[tuple[str, ...]] = []
-    for path in sorted(
-        path for path in Path("recipes").rglob("*.yaml") if _kind(path) == ("tables" if tables else "recipes")
-    ):
+    for path in sorted(path for path in Path("recipes").rglob("*.yaml") if _kind(path) == kind):
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-            rows.append((str(path), str((tables and tree.get("title")) or tree.get("description", ""))))
+            rows.append((str(path), str(tree.get("title") or tree.get("description", ""))))
         except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
             rows.append((str(path), "not a recipe"))
-    place = "recipes/tables" if tables else "recipes"
+    place = "recipes" if kind == "recipes" else f"recipes/{kind}"
     return rows or [("", f"none: they are looked for in ./{place}, in the folder of lowbit's repository")]
 
 
 def _tables() -> list[tuple[str, ...]]:
-    return _recipes(tables=True)
+    return _recipes("tables")
+
+
+def _search() -> list[tuple[str, ...]]:
+    return _recipes("search")
 
 
 def _about(registry: Any) -> list[tuple[str, ...]]:
@@ -1403,6 +1406,7 @@ _LISTS: Final[dict[Kind, Callable[[], list[tuple[str, ...]]]]] = {
     Kind.zoo: _zoo,
     Kind.recipes: _recipes,
     Kind.tables: _tables,
+    Kind.search: _search,
     Kind.models: _models,
     Kind.methods: _methods,
     Kind.datasets: _datasets,

@@ -68,7 +68,8 @@ def prepare(
 
     Args:
         model: any module that torch.export can trace.
-        method: weight method, see `lowbit.train.quantizers.WEIGHTS`.
+        method: weight method, see `lowbit.train.quantizers.WEIGHTS`. "float" leaves weights and inputs in float32 where no
+            bits are given; ``weight_bits=32, activation_bits=1`` are float weights on signs.
         weight_bits: K; 32 stands for float weights.
         activation_bits: B, any that `activation` has; 32 stands for float inputs.
         activation: quantizer of the layers' inputs, see `ACTIVATIONS`; "auto" takes sign for 1 bit, dorefa for 2 to 8.
@@ -183,10 +184,14 @@ def _check_plan(plan: _Plan, where: str) -> None:
         raise ValueError(f"{where}: {e}") from None
 
 
+def _asks_for_float(plan: _Plan) -> bool:
+    """weight_bits=1 is prepare's default, not a wish of somebody who asks for float; so is activation_bits=1 then."""
+    return plan.method == "float" and plan.weight_bits == 1
+
+
 def _weight_quantizer(plan: _Plan) -> WeightQuantizer:
     quantizer = WEIGHTS.get(plan.method)
-    # weight_bits=1 is prepare's default, not a wish of somebody who asks for float
-    bits = 32 if plan.method == "float" and plan.weight_bits == 1 else plan.weight_bits
+    bits = 32 if _asks_for_float(plan) else plan.weight_bits
     if bits == 32:
         return WEIGHTS.get("float")(32)
     return _built(quantizer, plan.method, bits, plan.options)
@@ -205,7 +210,7 @@ def _input_quantizer(plan: _Plan) -> ActivationQuantizer | None:
     if name == "auto":
         name = "sign" if plan.activation_bits == 1 else "dorefa"
     quantizer = ACTIVATIONS.get(name)
-    if plan.activation_bits == 32:
+    if plan.activation_bits == 32 or (name == "sign" and plan.activation == "auto" and _asks_for_float(plan)):
         return None
     return _built(quantizer, name, plan.activation_bits, plan.activation_options)
 
