@@ -1292,7 +1292,7 @@ class Kind(StrEnum):
 
 @app.command("list", epilog="Example: lowbit list methods")
 def list_(kind: Annotated[Kind | None, typer.Argument(help="What to list; by default everything.")] = None) -> None:
-    """List what there is: the zoo's networks, recipes, tables and spaces to search in this folder, models, methods, data sets, ops, instruction sets."""
+    """List what there is: the zoo; recipes, tables, spaces to search in this folder; models, methods, data sets, ops, instruction sets."""
     for wanted in [kind] if kind else list(Kind):
         try:
             rows = _LISTS[wanted]()
