@@ -5,7 +5,6 @@ Parts that a run does not have yet are named with the command that makes them.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from lowbit.packfile import FileError
 from lowbit.page import BLUE, GRAY, ORANGE
 from lowbit.predict import ImageError
 from lowbit.train import sensitivity_page
-from lowbit.train.rundir import RunError, read_metrics, read_run
+from lowbit.train.rundir import read_json, read_metrics, read_run
 from lowbit.train.units import result_line
 
 _BENCH_FORMAT: Final = 2
@@ -112,15 +111,7 @@ def _measured_pictures(place: Path, run: dict[str, Any]) -> tuple[str, dict[str,
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path}: not JSON ({error}); delete it and make it again") from None
-    if not isinstance(tree, dict):
-        raise RunError(f"{path}: not what lowbit wrote; delete it and make it again")
-    return tree
+    return read_json(path, "delete it and make it again")
 
 
 # --------------------------------------------------------------------------------------------- facts

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lowbit.train.recipe import ELSEWHERE, RecipeError, differing_keys, parse_recipe
-from lowbit.train.rundir import RunError, check_same_data, fingerprint, read_run
+from lowbit.train.rundir import RunError, check_same_data, fingerprint, read_json, read_run
 from lowbit.train.statistics import summary
 from lowbit.train.table import Cell, TableError, slug, stored_recipe
 from lowbit.train.trainer import load_data
@@ -91,15 +91,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
     Raises:
         RunError: it is damaged.
     """
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: can't be read ({error}); delete it, then its cell is run again") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT or not {"hash", "recipe", "needs"} <= tree.keys():
-        raise RunError(f"{path}: is no result of format {FORMAT}; delete it, then its cell is run again")
-    return tree
+    return read_json(path, "delete it, then its cell is run again", FORMAT, ("hash", "recipe", "needs"))
 
 
 def _differences(cell: Cell, head: Mapping[str, Any], places: Places) -> list[str]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 import lowbit.page as page
 from lowbit.files import write_atomic
 from lowbit.train.labels import Label, Line, place
-from lowbit.train.rundir import RunError
+from lowbit.train.rundir import read_json
 from lowbit.train.statistics import summary
 from lowbit.train.units import unit
 
@@ -83,17 +82,7 @@ def read_front(path: Path) -> dict[str, Any] | None:
     Raises:
         RunError: it is damaged.
     """
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path}: can't be read ({error}); delete it and measure again (lowbit compare --front)"
-        ) from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT or not isinstance(tree.get("points"), list):
-        raise RunError(f"{path}: is no front of format {FORMAT}; delete it and measure again (lowbit compare --front)")
-    return tree
+    return read_json(path, "delete it and measure again (lowbit compare --front)", FORMAT, ("points",))
 
 
 def resolve(

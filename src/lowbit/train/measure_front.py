@@ -8,7 +8,6 @@ The float twin of a low-bit network is no point: nobody trained it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from lowbit.train.data.superres import Pair
 from lowbit.train.export import crops, export_run
 from lowbit.train.freeze import freeze, to_numpy
 from lowbit.train.front import FORMAT
-from lowbit.train.rundir import RunError, code_version, now
+from lowbit.train.rundir import RunError, code_version, now, read_json
 from lowbit.train.table import Cell, Table
 from lowbit.train.tasks.superres import psnr
 from lowbit.train.trainer import load_data, load_run
@@ -228,7 +227,8 @@ def _network(cell: Cell, places: Places) -> _Network:
     path, proof_path = run_dir / "model.lowbit", run_dir / "proof.json"
     if not (path.is_file() and proof_path.is_file()):  # a run that is replaced takes its file with it
         export_run(run_dir)
-    proof = json.loads(proof_path.read_text(encoding="utf-8"))
+    proof = read_json(proof_path, f"make it again with `lowbit export {run_dir}`", keys=("failures",))
+    assert proof is not None
     if proof["failures"]:
         raise RunError(f"{run_dir}: its proof does not hold ({proof['failures'][0]}); export it again")
     graph = read(path)

@@ -25,7 +25,7 @@ import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -53,6 +53,7 @@ __all__ = [
     "machine",
     "never_started",
     "read_checkpoint",
+    "read_json",
     "read_metrics",
     "read_run",
     "session",
@@ -296,17 +297,37 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
         RunError: no run directory, or run.json is broken.
     """
     path = Path(run_dir) / "run.json"
+    tree = read_json(path, "train again with --overwrite", FORMAT, _ALWAYS)
+    if tree is None:
+        raise RunError(f"{run_dir}: not a run directory (it has no run.json)")
+    return tree
+
+
+def read_json(path: Path, again: str, form: int | None = None, keys: Iterable[str] = ()) -> dict[str, Any] | None:
+    """The object in a file that lowbit wrote; None where there is no file.
+
+    Args:
+        path: of the file.
+        again: the way out, which ends every message.
+        form: what its ``format`` has to be; None for a file without one.
+        keys: what it has to have.
+
+    Raises:
+        RunError: it is no JSON, of another format, or lacks a key.
+    """
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RunError(f"{run_dir}: not a run directory (it has no run.json)") from None
+        return None
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: can't be read ({error})") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        raise RunError(f"{path}: not a run of format {FORMAT}")
-    missing = [key for key in _ALWAYS if key not in tree]
+        raise RunError(f"{path}: can't be read ({error}); {again}") from None
+    if not isinstance(tree, dict):
+        raise RunError(f"{path}: is not what lowbit wrote; {again}")
+    if form is not None and tree.get("format") != form:
+        raise RunError(f"{path}: has format {tree.get('format')!r}, this version reads {form}; {again}")
+    missing = [key for key in keys if key not in tree]
     if missing:
-        raise RunError(f"{path}: is damaged, it lacks {', '.join(missing)}")
+        raise RunError(f"{path}: is damaged, it lacks {', '.join(missing)}; {again}")
     return tree
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,7 +34,7 @@ from lowbit.train.module import calibrate
 from lowbit.train.network import Trained, build_network, float_network, load_trained
 from lowbit.train.prepare import auxiliary_loss
 from lowbit.train.recipe import Recipe
-from lowbit.train.rundir import InputSpec, RunError, RunLock, machine, write_json
+from lowbit.train.rundir import InputSpec, RunError, RunLock, machine, read_json, write_json
 from lowbit.train.start import Start
 from lowbit.train.tasks import TASKS
 from lowbit.train.tasks.superres import psnr
@@ -475,15 +474,10 @@ def _settings(place: Path, here: Images) -> dict[str, Any]:
 
 
 def _read(path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    try:
-        tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if tree["format"] != FORMAT:
-            raise ValueError("another format")
-        there = tree["settings"]
-    except FileNotFoundError:
+    tree = read_json(path, "measure again with --overwrite", FORMAT, ("settings",))
+    if tree is None:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: can't be read ({error}); measure again with --overwrite") from None
+    there = tree["settings"]
     other = [key for key in settings if there.get(key) != settings[key]]
     if other:
         key = other[0]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowbit import page
-from lowbit.train.rundir import RunError, write_text
+from lowbit.train.rundir import read_json, write_text
 from lowbit.train.sensitivity import RESULT
 from lowbit.train.units import show, unit
 
@@ -24,14 +23,8 @@ def read(run_dir: Path) -> dict[str, Any] | None:
     Raises:
         RunError: the file is damaged.
     """
-    path = run_dir / RESULT
-    if not path.is_file():
-        return None
-    try:
-        tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path}: not JSON ({error}); measure again with lowbit sensitivity --overwrite") from None
-    return tree if tree.get("reference") else None
+    tree = read_json(run_dir / RESULT, "measure again with lowbit sensitivity --overwrite")
+    return tree if tree and tree.get("reference") else None
 
 
 def _scale(tree: Mapping[str, Any]) -> tuple[str, float]:

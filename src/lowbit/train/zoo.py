@@ -21,7 +21,7 @@ from lowbit.train.data import DataError
 from lowbit.train.data.superres import Pictures
 from lowbit.train.evaluation import evaluate_file, evaluate_pictures
 from lowbit.train.recipe import ELSEWHERE, Recipe, RecipeError, differing_keys, flatten, load_recipe, parse_recipe
-from lowbit.train.rundir import RunError, code_version, now, read_run
+from lowbit.train.rundir import RunError, code_version, now, read_json, read_run
 from lowbit.train.statistics import summary
 from lowbit.train.trainer import load_data
 from lowbit.upscale import Upscaler
@@ -125,17 +125,13 @@ def _exported(place: Path) -> tuple[Recipe, dict[str, Any]]:
     run = read_run(place)
     if run["status"] != "finished":
         raise RunError(f"{place}: this run has not finished; go on with `lowbit train {place} --resume`")
-    path = place / "model.lowbit"
-    try:
-        proof = json.loads((place / "proof.json").read_text(encoding="utf-8"))
-        size = path.stat().st_size
-    except FileNotFoundError as error:
-        missing = Path(error.filename).name
-        raise RunError(f"{place}: has no {missing}; make it with `lowbit export {place}`") from None
-    except ValueError as error:
+    path, beside = place / "model.lowbit", place / "proof.json"
+    proof = read_json(beside, f"make it again with `lowbit export {place}`")
+    if proof is None or not path.is_file():
         raise RunError(
-            f"{place / 'proof.json'}: not JSON ({error}); make it again with `lowbit export {place}`"
-        ) from None
+            f"{place}: has no {(beside if proof is None else path).name}; make it with `lowbit export {place}`"
+        )
+    size = path.stat().st_size
     recipe, meta = load_recipe(place / "recipe.yaml"), read(path).meta
     same = (meta.get("recipe"), meta.get("seed"), meta.get("task")) == (recipe.name, recipe.seed, recipe.task)
     if proof.get("failures") or proof.get("file_bytes") != size or not same:
@@ -206,14 +202,14 @@ def _other_seed(path: Path, recipe: Recipe) -> tuple[int, float]:
 def _times(place: Path, recipe: Recipe) -> dict[str, Any] | None:
     path = place / "bench.json"
     way_out = f"`lowbit bench {place / 'model.lowbit'} --json {path}`"
-    if not path.is_file():
+    tree = read_json(path, f"make it again with {way_out}", _BENCH_FORMAT, ("network", "whole"))
+    if tree is None:
         _log.warning("%s: has no bench.json, so the card has no times; %s measures them", place, way_out)
         return None
+    if tree["network"] != recipe.name:
+        raise RunError(f"{path}: is of another network, {tree['network']!r}; make it again with {way_out}")
+    whole = tree["whole"]
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree["format"] != _BENCH_FORMAT or tree["network"] != recipe.name:
-            raise RunError(f"{path}: is of another network or version of lowbit; make it again with {way_out}")
-        whole = tree["whole"]
         peers = {
             name: {"milliseconds": 1e3 * peer["theirs"]["median"], "ratio": peer["ratio"], "noisy": peer["noisy"]}
             for name, peer in whole["peers"].items()
