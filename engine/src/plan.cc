@@ -1062,10 +1062,45 @@ class Planner {
 
   // --- workspace: the lowest place that no buffer alive at the same time holds ---
 
+  // Where step i may write `to`: over a buffer of the same form that its epilogue reads for the last time, a number
+  // before it writes one there. What is written is in the first cache then. -1: nowhere.
+  int Over(int i, int to) const {
+    const PlanStep& s = plan_.steps[size_t(i)];
+    const Buffer& b = plan_.buffers[size_t(to)];
+    const auto& slots = s.slots;
+    const auto write = std::find(slots.begin(), slots.end(), to);
+    for (auto at = slots.begin(); at != write; ++at) {
+      const Buffer& x = plan_.buffers[size_t(*at)];
+      const bool same = x.rep == b.rep && x.pixel == b.pixel && x.ring == b.ring && x.fill == b.fill &&
+                        x.shape.height == b.shape.height && x.shape.width == b.shape.width &&
+                        x.shape.channels == b.shape.channels;
+      const bool producer_reads = std::find(s.sources.begin(), s.sources.end(), *at) != s.sources.end();
+      if (same && x.first < i && x.last == i && !producer_reads && std::find(write, slots.end(), *at) == slots.end())
+        return *at;
+    }
+    return -1;
+  }
+
   void Place() {
-    std::vector<size_t> order(plan_.buffers.size());
-    std::iota(order.begin(), order.end(), size_t{0});
+    std::vector<size_t> order;
+    std::vector<size_t> place(plan_.buffers.size());  // the buffer in whose place one lies
+    std::iota(place.begin(), place.end(), size_t{0});
     plan_.buffers[size_t(plan_.output)].last = int(plan_.steps.size());
+    std::vector<int> last;
+    for (const Buffer& b : plan_.buffers) last.push_back(b.last);
+    std::vector<bool> covered(plan_.buffers.size());
+    for (size_t i = 0; i < plan_.steps.size(); ++i) {
+      for (int to : plan_.steps[i].writes) {
+        const int over = Over(int(i), to);
+        if (over < 0 || covered[size_t(over)]) continue;
+        covered[size_t(over)] = true;
+        place[size_t(to)] = place[size_t(over)];
+        last[place[size_t(to)]] = plan_.buffers[size_t(to)].last;
+      }
+    }
+    for (size_t id = 0; id < place.size(); ++id) {
+      if (place[id] == id) order.push_back(id);
+    }
     std::stable_sort(order.begin(), order.end(),
                      [&](size_t a, size_t b) { return plan_.buffers[a].room() > plan_.buffers[b].room(); });
     std::vector<size_t> placed;
@@ -1074,7 +1109,7 @@ class Planner {
       std::vector<std::pair<int64_t, int64_t>> taken;
       for (size_t other : placed) {
         const Buffer& o = plan_.buffers[other];
-        if (o.first <= b.last && b.first <= o.last) taken.emplace_back(o.offset, o.offset + o.room());
+        if (o.first <= last[id] && b.first <= last[other]) taken.emplace_back(o.offset, o.offset + o.room());
       }
       std::sort(taken.begin(), taken.end());
       b.offset = 0;
@@ -1085,6 +1120,7 @@ class Planner {
       placed.push_back(id);
       plan_.workspace = std::max(plan_.workspace, b.offset + b.room());
     }
+    for (size_t id = 0; id < place.size(); ++id) plan_.buffers[id].offset = plan_.buffers[place[id]].offset;
   }
 
   const std::vector<Node>& nodes_;
