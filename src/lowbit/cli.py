@@ -6,6 +6,7 @@ Every verb imports what it needs when it runs, so that running files needs no to
 from __future__ import annotations
 
 import inspect as introspection
+import io
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lowbit.train.table import Table as TableOfRecipes
     from lowbit.train.workers import Executor
     from lowbit.upscale import Job, Upscaler
+    from lowbit.zoo import Card
 
 app = typer.Typer(
     name="lowbit",
@@ -81,6 +83,8 @@ IsaOption = Annotated[str | None, typer.Option(help="Force a row of kernels; see
 def run() -> None:
     """Run the command line; an expected error is one line on standard error and exit status 2."""
     sys.path.append(str(Path.cwd()))  # where a recipe's model `package.module:function` is looked for
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name may be in another encoding
     try:
         app()
     except Exception as error:
@@ -103,7 +107,7 @@ def explain(error: Exception) -> str | None:
                 return f"this needs an extra that is not installed ({top}): pip install 'lowbit[{extra}]'"
         return None
     if isinstance(error, MemoryError):
-        return "out of memory: take a smaller batch"
+        return "out of memory: take a smaller batch, or smaller pictures"
     if type(error).__module__.partition(".")[0] == "lowbit" or isinstance(error, ValueError):
         return " ".join(str(error).split())
     if isinstance(error, OSError):
@@ -225,7 +229,10 @@ def train(
     out.print(table)
     out.print(f"next: [bold]lowbit export {escape(str(place))}[/]", soft_wrap=True)
     if result.run["task"] == "superres" and result.run["broken_images"]:
-        _warn_of_broken(result.run["broken_images"])
+        names = result.run["broken_images"]
+        many = len(names) > 1
+        passed_over = f"{'were' if many else 'was'} passed over: {', '.join(names)}"
+        _warn([f"{len(names)} picture{'s'[:many]} can't be used and {passed_over}"])
         raise typer.Exit(1)
 
 
@@ -303,38 +310,61 @@ def evaluate(
     passed over and named, and the exit status is 1.
     """
     from lowbit import zoo
-    from lowbit.train.evaluation import evaluate_file, evaluate_run
+    from lowbit.train.data import DATASETS
+    from lowbit.train.evaluation import evaluate_file, evaluate_run, task_of
 
     card = None if what.is_dir() else zoo.card_at(zoo.locate(what))
     part = (split or (Split.test if card else Split.val)).value
+    if card is not None and (part != card.measured["split"] or data is not None):
+        card = None  # it speaks of other images
+    for path in () if beside is None else (what, beside):
+        if task_of(path) != "superres":
+            raise typer.BadParameter(f"--beside {beside}: {path} classifies images; --beside is for super-resolution")
 
     def measure(path: Path) -> dict[str, Any]:
         return evaluate_run(path, data, part) if path.is_dir() else evaluate_file(path, data, part, threads)
 
-    _log_to_stderr()
-    found = measure(what)
+    with _each_warning_once():
+        found = measure(what)
+        other = None if beside is None else measure(beside)
     if found["metric"] == "psnr":
-        _print_pictures(
-            f"{what}, computed by {found['computed_by']}", found, beside, None if beside is None else measure(beside)
-        )
+        pictures = f"{part} pictures" if data is None else f"{data}, {part}" if data in DATASETS else data
+        _print_pictures(f"{what}, {pictures}, computed by {found['computed_by']}", found, card, beside, other)
         if found["broken"]:
             raise typer.Exit(1)
         return
-    if beside is not None:
-        raise typer.BadParameter(
-            f"--beside {beside}: {what} classifies images; give --beside for super-resolution only"
-        )
     table = _facts(f"{what}, {part} images")
     table.add_row("accuracy", f"{found['accuracy']:.2%}")
-    if card is not None and part == card.measured["split"] and data is None:
+    if card is not None:
         table.add_row("accuracy, its card", card.result)
     table.add_row("images", f"{found['images']:,}")
     table.add_row("computed by", found["computed_by"])
     out.print(table)
 
 
+@contextmanager
+def _each_warning_once() -> Iterator[None]:
+    """The library's lines on standard error; what is said of a picture is not said again when another network is measured on it."""
+    _log_to_stderr()
+    said: set[str] = set()
+
+    def new(record: logging.LogRecord) -> bool:
+        before = len(said)
+        said.add(record.getMessage())
+        return len(said) > before
+
+    handlers = logging.getLogger("lowbit").handlers
+    for handler in handlers:
+        handler.addFilter(new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(new)
+
+
 def _print_pictures(
-    title: str, found: Mapping[str, Any], beside: Path | None = None, other: Mapping[str, Any] | None = None
+    title: str, found: Mapping[str, Any], card: Card | None, beside: Path | None, other: Mapping[str, Any] | None
 ) -> None:
     names = [picture["name"] for picture in found["pictures"]]
     if other is not None and [picture["name"] for picture in other.get("pictures", ())] != names:
@@ -358,20 +388,17 @@ def _print_pictures(
     row(f"mean of {found['images']}", found, other)
     out.print(table)
     out.print("PSNR in dB, of luma" + ("" if beside is None else f"; beside: {escape(str(beside))}"), soft_wrap=True)
+    if card is not None:
+        out.print(f"its card: {card.result}, mean of {card.measured['images']}", soft_wrap=True, highlight=False)
     if "published" in found:
         said = found["published"]
         rows = ", ".join(f"{name} {psnr:.2f}" for name, psnr in said["psnr"].items())
         out.print(f"published on {said['set']} x{said['scale']}, PSNR in dB: {rows}", soft_wrap=True)
     if "written" in found:
         out.print(f"wrote [bold]{escape(found['written'])}[/]", soft_wrap=True)
-    if found["broken"]:
-        _warn_of_broken(found["broken"])
-
-
-def _warn_of_broken(names: Sequence[str]) -> None:
-    many = len(names) > 1
-    passed_over = f"{'were' if many else 'was'} passed over: {', '.join(names)}"
-    _warn([f"{len(names)} picture{'s'[:many]} can't be used and {passed_over}"])
+    if found["broken"]:  # each was named when its turn came
+        broken = len(found["broken"])
+        err.print(f"{broken} of {broken + found['images']} pictures could not be measured", highlight=False)
 
 
 @app.command(epilog="Example: lowbit export runs/demo -o shoes.lowbit")
@@ -506,20 +533,37 @@ def predict(
     threads: ThreadsOption = 1,
     isa: IsaOption = None,
 ) -> None:
-    """Name the classes of images. An image is resized and cropped to the network's input."""
-    from lowbit.predict import find_images
+    """Name the classes of images. An image is resized and cropped to the network's input.
+
+    Of several images those that can't be read are named and left out; the exit status is then 1.
+    """
+    from lowbit.predict import ImageError, check_network, find_images
     from lowbit.predict import predict as predict_images
     from lowbit.runtime import load
 
     engine = load(file, threads=threads, isa=isa)
+    check_network(engine, str(file))
+    paths = find_images(images)
+    broken: list[ImageError] = []
+
+    def leave_out(error: ImageError) -> None:
+        if len(images) == 1 and not images[0].is_dir():
+            raise error
+        broken.append(error)
+        err.print(f"[red]left out:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+
     table = Table(show_header=True)
     table.add_column("image", overflow="fold")
     table.add_column("class")
     table.add_column("probability", justify="right")
-    for found in predict_images(engine, find_images(images), top, invert):
+    for found in predict_images(engine, paths, top, invert, leave_out):
         for i, (name, share) in enumerate(found.classes):
             table.add_row(escape(str(found.path)) if i == 0 else "", escape(name), f"{share:.1%}")
-    out.print(table)
+    if table.row_count:
+        out.print(table)
+    if broken:
+        err.print(f"{len(broken)} of {len(paths)} images could not be read", highlight=False)
+        raise typer.Exit(1)
 
 
 @app.command(
@@ -588,11 +632,15 @@ def upscale(
     try:
         failed = _upscale_all(larger, to_do, alone=not source.is_dir())
     except KeyboardInterrupt:
-        err.print("interrupted; the same command goes on")
+        then = "the same command goes on" if source.is_dir() else f"{work[0].target} was not written"
+        err.print(escape(f"interrupted; {then}"), soft_wrap=True, highlight=False)
         raise typer.Exit(130) from None
-    if compare is not None:
-        for path in sidebyside.write_page(compare, [job for job in work if job.done], larger, file, beside, twin):
+    done = [job for job in work if job.done]
+    if compare is not None and done:
+        for path in sidebyside.write_page(compare, done, larger, file, beside, twin):
             out.print(f"wrote [bold]{escape(str(path))}[/]", soft_wrap=True)
+    elif compare is not None:
+        err.print(f"{escape(str(compare))}: not written, there is no enlarged picture to show", soft_wrap=True)
     if failed:
         err.print(f"{failed} of {len(work)} pictures could not be enlarged", highlight=False)
         raise typer.Exit(1)
@@ -660,14 +708,15 @@ def bench(
 ) -> None:
     """Time a file beside the same network in ONNX Runtime, OpenVINO or PyTorch, in turn, on the same cores."""
     from lowbit import bench as measure
+    from lowbit.files import check_file
 
     names = peers.split(",")
+    if output is not None:  # before minutes of measuring
+        check_file(output)
     with err.status("measuring"):
         result = measure.bench_file(
             file, threads=threads, isa=isa, batch=batch, repeats=repeats, layers=layers, peers=names
         )
-    if output is not None:
-        measure.write_result(output, result)
     console = measure.wide_console()
     if layers:
         console.print(measure.layers_table(result))
@@ -676,6 +725,8 @@ def bench(
         console.print(line, soft_wrap=True, highlight=False)
     _warn(result["missing"])
     _warn(result["warnings"])
+    if output is not None:
+        measure.write_result(output, result)
 
 
 # --------------------------------------------------------------------------------------------- compare

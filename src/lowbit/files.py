@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import os
@@ -9,7 +10,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["remove_leftovers", "write_atomic"]
+__all__ = ["check_file", "check_folder", "remove_leftovers", "write_atomic"]
 
 SUFFIX = ".tmp"
 """End of the temporary files' names: ``.NAME.RANDOM.tmp``."""
@@ -68,6 +69,39 @@ def _sync_directory(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_file(path: str | os.PathLike[str], made: bool = False) -> None:
+    """Refuse, before the work whose result goes there, a file that `write_atomic` couldn't write. Makes nothing.
+
+    Args:
+        path: the file.
+        made: its folder will be made.
+
+    Raises:
+        OSError: a folder has the name, or there is no folder for it or no permission; `filename` is what is in the way.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+    if not made and not target.parent.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(target))
+    check_folder(target.parent)
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuse a folder that can't be written to, or made, before the work whose results go there. Makes nothing.
+
+    Raises:
+        OSError: no permission, or a file has its name or that of a folder above it; `filename` is what is in the way.
+    """
+    place = Path(folder)
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
+    if not os.access(place, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
 
 
 def remove_leftovers(folder: str | os.PathLike[str], name: str | None = None) -> None:

@@ -77,11 +77,11 @@ def svg(figure: Figure, title: str, titles: Mapping[str, str] = MappingProxyType
 
 
 def render(template: str, **values: Any) -> str:
-    """A template of this package, filled in; ``page.css`` is included by it."""
+    """A template of this package, filled in; ``page.css`` is included by it. What UTF-8 lacks (names of files may) becomes "?"."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    return environment.get_template(template).render(**values)
+    return environment.get_template(template).render(**values).encode(errors="replace").decode()

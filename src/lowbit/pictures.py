@@ -10,11 +10,9 @@ import io
 import math
 import os
 import struct
-import threading
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbit import exif
-from lowbit.predict import ImageError, decoding, orientation
+from lowbit.predict import ImageError, named, open_image, orientation
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -207,23 +205,6 @@ class Header:
 _WIDE_PNG: Final = {"I;16B": 1, "RGB;16B": 3, "LA;16B": 1, "RGBA;16B": 3}
 """How Pillow says that a PNG has 16 bits a channel, and how many colour channels these are."""
 
-_bomb_check = threading.Lock()
-
-
-@contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Pillow's handle on a file of any size: how much memory a picture may take is the caller's to say."""
-    from PIL import Image
-
-    with _bomb_check:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            opened = Image.open(path)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
-    with opened:
-        yield opened
-
 
 def _rawmode(opened: Image.Image) -> str:
     """How the file's pixels lie in a PNG; empty for other files."""
@@ -256,7 +237,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     Raises:
         ImageError: as `read_picture`, as far as the first bytes tell.
     """
-    with _named(path), _opened(path) as opened:
+    with named(path), open_image(path) as opened:
         return _header(opened)
 
 
@@ -272,8 +253,8 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
         ImageError: no such file, not a picture, cut short, several frames, CMYK or pixels of an unknown white (32 bits,
             floats, 16 bits in other files than PNG). The message names the file.
     """
-    with _named(path):
-        with _opened(path) as opened:
+    with named(path):
+        with open_image(path) as opened:
             header = _header(opened)
             icc = opened.info.get("icc_profile")
             if header.bits == 16:
@@ -325,7 +306,7 @@ def _wide_planes(path: str | os.PathLike[str], opened: Image.Image) -> NDArray[A
         high = _bytes_as(opened, raw)
         wide = high.astype(np.uint16)
         wide <<= 8
-        with _opened(path) as again:
+        with open_image(path) as again:
             wide |= _bytes_as(again, raw.replace("16B", "16L"))
     if key is not None:
         seen = (wide != np.asarray(key, np.uint16)).any(axis=-1, keepdims=True)
@@ -359,15 +340,6 @@ def _turned(x: NDArray[Any], turn: int) -> NDArray[Any]:
         case 8:
             return np.rot90(x, 1)
     return x
-
-
-@contextmanager
-def _named(path: str | os.PathLike[str]) -> Iterator[None]:
-    try:
-        with decoding():
-            yield
-    except ImageError as error:
-        raise ImageError(f"{os.fspath(path)}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------- writing
@@ -436,7 +408,7 @@ def write_picture(
 def read_texts(path: str | os.PathLike[str]) -> dict[str, str]:
     """The texts of a PNG, keyword -> text, as far as they stand in front of its pixels; none of anything else."""
     try:
-        with _opened(path) as opened:
+        with open_image(path) as opened:
             return (
                 {str(key): str(text) for key, text in getattr(opened, "text", {}).items()}
                 if opened.format == "PNG"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lowbit.machine import available_memory
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 _BATCH: Final = 64
 _ORIENTATION: Final = 0x0112  # EXIF 2.3, table 4
+_UPRIGHT: Final = 20
+"""Bytes of memory that `upright` takes for a pixel at most; 16 were measured, with transparency."""
 
 
 class ImageError(ValueError):
@@ -49,6 +54,41 @@ def decoding() -> Iterator[None]:
         raise ImageError("not a readable image (PNG, JPEG, BMP or WebP)") from None
     except Exception as error:  # its decoders have no common error: struct.error, IndexError, zlib.error, ...
         raise ImageError(f"not a readable image ({str(error) or type(error).__name__})") from None
+
+
+_bomb_check = threading.Lock()
+
+
+@contextmanager
+def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Pillow's handle on a file of any size: how much memory a picture may take is the caller's to say (`refuse_too_large`)."""
+    from PIL import Image
+
+    with _bomb_check:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            opened = Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    with opened:
+        yield opened
+
+
+def refuse_too_large(width: int, height: int, pixel: int, free: int) -> None:
+    """Raises ImageError where a picture takes more than the `free` bytes of memory, with `pixel` bytes for each of its pixels."""
+    need = width * height * pixel
+    if need > free:
+        raise ImageError(f"{width} x {height} pixels need {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free")
+
+
+@contextmanager
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """As `decoding`, and the ImageError names the file."""
+    try:
+        with decoding():
+            yield
+    except ImageError as error:
+        raise ImageError(f"{os.fspath(path)}: {error}") from None
 
 
 def orientation(opened: Image.Image) -> int:
@@ -149,18 +189,18 @@ def read_image(
         resize: see `centre`; a file's ``meta["image"]["resize"]`` says what its network was evaluated with.
 
     Raises:
-        ImageError: no such file, not an image, or one whose pixels have more than 8 bits and no known white (`upright`).
+        ImageError: no such file, not an image, one that needs more memory than is free, or one whose pixels have more than 8 bits and
+            no known white (`upright`).
     """
-    from PIL import Image
-
     if channels not in (1, 3):
         raise ImageError(f"{path}: the network reads {channels} channels; an image gives 1 (gray) or 3 (RGB)")
     try:
-        with decoding(), Image.open(path) as opened:
+        with named(path), open_image(path) as opened:
+            refuse_too_large(*opened.size, _UPRIGHT, available_memory())
             image = upright(opened, channels, orientation(opened))
-    except ImageError as error:
-        raise ImageError(f"{path}: {error}") from None
-    pixels = np.asarray(centre(image, size, resize), np.uint8)
+        pixels = np.asarray(centre(image, size, resize), np.uint8)
+    except MemoryError:
+        raise ImageError(f"{path}: not enough memory is free to read it") from None
     if invert:
         pixels = 255 - pixels
     return pixels.reshape(*size, channels)
@@ -193,27 +233,50 @@ def class_names(engine: Engine) -> list[str]:
     return [str(name) for name in names] if len(names) == count else [str(i) for i in range(count)]
 
 
-def predict(engine: Engine, paths: Sequence[Path], top: int = 3, invert: bool = False) -> Iterator[Prediction]:
+def predict(
+    engine: Engine,
+    paths: Sequence[Path],
+    top: int = 3,
+    invert: bool = False,
+    on_broken: Callable[[ImageError], None] | None = None,
+) -> Iterator[Prediction]:
     """The `top` likeliest classes of every image, in order.
+
+    Args:
+        engine: a network that `check_network` takes.
+        paths: the images.
+        top: how many classes.
+        invert: see `read_image`.
+        on_broken: called with the error of an image that can't be read, which is then passed over; None: the error is raised.
 
     Raises:
         ImageError: an unreadable image, or a network that does not classify images.
     """
-    _check_images(engine)
+    check_network(engine)
     height, width, channels = engine.input_shape
     resize = engine.meta.get("image", {}).get("resize")
     for start in range(0, len(paths), _BATCH):
-        part = paths[start : start + _BATCH]
-        images = np.stack([read_image(path, (height, width), channels, invert, resize) for path in part])
-        for path, classes in zip(part, _likeliest(engine, images, top), strict=True):
-            yield Prediction(path, classes)
+        read: list[Path] = []
+        images: list[NDArray[np.uint8]] = []
+        for path in paths[start : start + _BATCH]:
+            try:
+                images.append(read_image(path, (height, width), channels, invert, resize))
+            except ImageError as error:
+                if on_broken is None:
+                    raise
+                on_broken(error)
+            else:
+                read.append(path)
+        if read:
+            for path, classes in zip(read, _likeliest(engine, np.stack(images), top), strict=True):
+                yield Prediction(path, classes)
 
 
 def classify(
     engine: Engine, picture: str | os.PathLike[str] | NDArray[Any], top: int = 3, invert: bool = False
 ) -> tuple[tuple[str, float], ...]:
     """The `top` likeliest classes of one image file, or of one array that the engine takes; see `Engine.classify`."""
-    _check_images(engine)
+    check_network(engine)
     if isinstance(picture, np.ndarray):
         if picture.shape != engine.input_shape or picture.dtype != np.uint8:
             raise ValueError(
@@ -231,16 +294,17 @@ def classify(
     return next(predict(engine, [Path(picture)], top, invert)).classes
 
 
-def _check_images(engine: Engine) -> None:
+def check_network(engine: Engine, name: str = "this network") -> None:
+    """Raises ImageError where a network, which the message calls `name`, does not classify images."""
     task = engine.meta.get("task", "classify")
     if task != "classify":
         raise ImageError(
-            f"this network's task is {task!r}; predict names classes"
+            f"{name}: its task is {task!r}; predict names classes"
             + ("; enlarge pictures with lowbit upscale" if task == "superres" else "")
         )
-    if len(engine.input_shape) != 3 or np.dtype(engine.input_dtype) != np.uint8:
+    if len(engine.input_shape) != 3 or engine.input_shape[2] not in (1, 3) or engine.input_dtype != np.uint8:
         raise ImageError(
-            f"this network reads {engine.input_dtype} of shape {engine.input_shape}, not images; call it from Python"
+            f"{name}: reads {engine.input_dtype} of shape {engine.input_shape}, not images; call it from Python"
         )
 
 

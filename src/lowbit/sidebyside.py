@@ -6,7 +6,6 @@ Needs ``lowbit[train]`` for templates and plots. Crops are where a picture has m
 from __future__ import annotations
 
 import base64
-import errno
 import io
 import os
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -23,7 +23,7 @@ from PIL import Image
 
 import lowbit
 from lowbit import page
-from lowbit.files import write_atomic
+from lowbit.files import check_file, write_atomic
 from lowbit.pictures import Picture, from_float, imresize, read_picture, to_float
 from lowbit.upscale import Job, UpscaleError, Upscaler
 
@@ -65,18 +65,17 @@ class Shown:
 
 
 def check_place(path: Path, work: Sequence[Job], larger: Upscaler, beside: Upscaler | None) -> None:
-    """Refuse what would only be found out after the work.
+    """Refuse what would only be found out after the work. Nothing is written here.
 
     Raises:
         UpscaleError: a name that doesn't end in .html, one that a picture has or takes, or a second network that enlarges otherwise.
-        OSError: a folder that can't be made or written to.
+        OSError: a folder has the name, or one can't be made or written to.
     """
     if path.suffix.lower() not in (".html", ".htm"):
         raise UpscaleError(f"{path}: the page's name must end in .html")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
     picture = path.with_suffix(".png")
+    for own in (path, picture):
+        check_file(own, made=True)
     for job in work:
         for other in (job.source, job.target):
             if other == picture or (other.exists() and picture.exists() and other.samefile(picture)):
@@ -95,20 +94,18 @@ def write_page(
     beside: Upscaler | None = None,
     twin: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
-    """Write the page and the PNG beside it; returns both.
+    """Write the page and the PNG beside it, and make their folder; returns both.
 
     Args:
         path: of the page, ending in .html.
-        work: pictures that have been enlarged; the first `PICTURES` are shown.
+        work: pictures that have been enlarged, at least one; the first `PICTURES` are shown.
         larger: what has enlarged them, from `file`.
         beside: another network, from `twin`.
 
     Raises:
         ImageError: a picture that can't be read any more.
-        UpscaleError: no pictures.
+        UpscaleError: a picture that is not what it should have become.
     """
-    if not work:
-        raise UpscaleError(f"{path}: no enlarged picture to show")
     files = [Path(file)] if beside is None or twin is None else [Path(file), Path(twin)]
     apart = len({f.name for f in files}) == len(files)  # else both are RUN/model.lowbit, say
     titles = ["nearest", "bicubic", *(f.name if apart else str(f) for f in files)]
@@ -135,6 +132,7 @@ def write_page(
         left_out=len(work) - len(shown),
     )
     picture = path.with_suffix(".png")
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, html.encode())
     write_atomic(picture, _png(shown, titles))
     return [path, picture]
@@ -264,12 +262,17 @@ def _png(shown: Sequence[Shown], titles: Sequence[str]) -> bytes:
         box = (crop.left * s.zoom, crop.top * s.zoom), crop.width * s.zoom, crop.height * s.zoom
         line[0].add_patch(Rectangle(*box, fill=False, edgecolor=page.ORANGE, linewidth=2))
         name = s.name if len(s.name) <= 30 else f"{s.name[:20]}...{s.name[-8:]}"
-        line[0].set_title(f"{name}\nat {crop.left}, {crop.top}", fontsize=9)
+        _title(line[0], f"{name}\nat {crop.left}, {crop.top}")
         for axis, title, pixels in zip(line[1:], titles, crop.variants, strict=True):
             axis.imshow(pixels, interpolation="nearest")
-            axis.set_title(title, fontsize=9)
+            _title(axis, title)
     for axis in axes.flat:
         axis.set_axis_off()
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
+
+
+def _title(axis: Axes, text: str) -> None:
+    """A file's name may not be UTF-8, and a "$" in it begins no formula."""
+    axis.set_title(text.encode(errors="replace").decode(), fontsize=9, parse_math=False)

@@ -9,11 +9,9 @@ The network enlarges Y of ITU-R BT.601; Cb, Cr and transparency are enlarged bic
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
 import os
-import resource
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbit.exif import corrected, parse
+from lowbit.files import check_folder
 from lowbit.graph import MAX_SIDE, Graph, Node
+from lowbit.machine import available_memory
 from lowbit.packfile import dumps, read
 from lowbit.pictures import (
     Floats,
@@ -46,7 +46,7 @@ from lowbit.predict import find_images
 from lowbit.runtime import Engine
 from lowbit.tiles import Reach, TileError, grid, reach
 
-__all__ = ["Job", "UpscaleError", "Upscaler", "available_memory", "check_there", "jobs", "upscale_file"]
+__all__ = ["Job", "UpscaleError", "Upscaler", "check_there", "jobs", "upscale_file"]
 
 _ENGINES: Final = 4
 """Sizes that are kept ready."""
@@ -257,10 +257,9 @@ class Upscaler:
             raise UpscaleError(f"{name}: is {header.width} pixels wide; {MAX_SIDE} are the most")
         need, free = self.memory(header), available_memory()
         if need > free:
-            size = f"{header.width} x {header.height}"
             raise UpscaleError(
-                f"{name}: {size} pixels enlarged by {self.scale} need {_gigabytes(need)} of memory, {_gigabytes(free)} are free; "
-                "cut the picture into parts"
+                f"{name}: {header.width} x {header.height} pixels enlarged by {self.scale} need {need / 1e9:.1f} GB of memory, "
+                f"{free / 1e9:.1f} GB are free; cut the picture into parts"
             )
 
     # --- engines ---
@@ -336,36 +335,6 @@ def _check(graph: Graph, name: str) -> Reach:
     return around
 
 
-def available_memory() -> int:
-    """Bytes that this process can still take: of the machine's free memory, a container's limit and the process's own."""
-    free = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
-        free.append(int(fields["MemAvailable"].split()[0]) * 1024)
-    else:
-        free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        if limit != "max":
-            stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-            used = int((group / "memory.current").read_text(encoding="ascii")) - int(stat["inactive_file"])
-            free.append(int(limit) - used)
-    except (OSError, ValueError, KeyError):  # no container, or another kind of one
-        pass
-    limit_here = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit_here != resource.RLIM_INFINITY:
-        statm = Path("/proc/self/statm")
-        taken = int(statm.read_text(encoding="ascii").split()[0]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else 0
-        free.append(limit_here - taken)
-    return max(0, min(free))
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
-
-
 # --------------------------------------------------------------------------------------------- files
 
 
@@ -378,13 +347,13 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Pictures appear whole or not at all: what is there is finished."""
-        return self.target.exists()
+        """Pictures appear whole or not at all: a file that is there is finished."""
+        return self.target.is_file()
 
 
 def jobs(source: Path, target: Path) -> list[Job]:
     """What `lowbit upscale` has to do: a picture to a file (or into a folder that is there), or the pictures of a folder, sorted,
-    to PNGs of the same name in another folder, which is made.
+    to PNGs of the same name in another folder, which `upscale_file` makes. Nothing is written here.
 
     Raises:
         ImageError: no such picture, a folder without pictures, two pictures of one name, a name that says no kind of file.
@@ -395,8 +364,6 @@ def jobs(source: Path, target: Path) -> list[Job]:
     folder = source.is_dir()
     if folder and target.exists() and not target.is_dir():
         raise UpscaleError(f"{target}: is a file; of a folder of pictures, OUT is a folder too")
-    if folder:
-        target.mkdir(parents=True, exist_ok=True)
     into = folder or target.is_dir()
     found = [Job(path, target / f"{path.stem}.png" if into else target) for path in pictures]
     by_target: dict[Path, Path] = {}
@@ -405,13 +372,13 @@ def jobs(source: Path, target: Path) -> list[Job]:
         if job.target.exists() and job.target.samefile(job.source):
             raise UpscaleError(f"{job.target}: is the picture itself; give OUT another name or folder")
         if job.target in by_target:
-            raise UpscaleError(f"{by_target[job.target]} and {job.source}: would both become {job.target}")
+            raise UpscaleError(
+                f"{by_target[job.target]} and {job.source}: would both become {job.target}; rename one of them"
+            )
         by_target[job.target] = job.source
-    place = target if into else target.parent
-    if not place.is_dir():
-        raise UpscaleError(f"{place}: no such folder")
-    if not os.access(place, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+    if not into and not target.parent.is_dir():
+        raise UpscaleError(f"{target.parent}: no such folder")
+    check_folder(target if into else target.parent)
     return found
 
 
@@ -439,16 +406,22 @@ def check_there(larger: Upscaler, there: Sequence[Job]) -> int:
 
 
 def upscale_file(larger: Upscaler, job: Job, progress: Progress | None = None) -> Picture:
-    """Read, enlarge and write one picture; returns what was written. A PNG says which network made it (`NETWORK`).
+    """Read, enlarge and write one picture; returns what was written. A PNG says which network made it (`NETWORK`). Its folder is made.
 
     Raises:
         ImageError: a picture that can't be read, or not written as its name says.
-        UpscaleError: it needs more memory than is free.
+        UpscaleError: it needs more memory than is free, or a folder has the name.
         OSError: it can't be written.
     """
+    if job.target.is_dir():
+        raise UpscaleError(f"{job.source}: {job.target} is a folder; move it away")
     header = read_header(job.source)
     check_suffix(job.target, header.alpha, header.bits, max(header.width, header.height) * larger.scale)
     larger.refuse_too_large(header, str(job.source))
-    made = larger.picture(read_picture(job.source), progress)
-    write_picture(job.target, made, {NETWORK: larger.network})
+    try:
+        made = larger.picture(read_picture(job.source), progress)
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        write_picture(job.target, made, {NETWORK: larger.network})
+    except MemoryError:  # somebody else has taken what was free
+        raise UpscaleError(f"{job.source}: ran out of memory; cut the picture into parts") from None
     return made

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lowbit.graph import Graph
 from lowbit.packfile import read
+from lowbit.predict import ImageError
 from lowbit.published import published
 from lowbit.runtime import Engine, load
 from lowbit.train.data import DATASETS, DataError, DataSource, ImageData, cifar, rounds
@@ -29,7 +31,7 @@ from lowbit.train.trainer import evaluate, load_data, load_run
 from lowbit.upscale import Upscaler
 from lowbit.zoo import card_at, locate
 
-__all__ = ["evaluate_file", "evaluate_pictures", "evaluate_run"]
+__all__ = ["evaluate_file", "evaluate_pictures", "evaluate_run", "task_of"]
 
 BATCH = 500
 _log = logging.getLogger(__name__)
@@ -48,12 +50,17 @@ def evaluate_run(run_dir: str | os.PathLike[str], data: str | None = None, split
         What ``Task.evaluate`` gives, of classification ``accuracy`` (0 to 1), ``loss``, ``images``, ``confusion``, of
         super-resolution ``psnr``, ``ssim`` and what else ``tasks.superres.means`` gives; ``metric`` and ``computed_by``. Of the latter
         also ``broken``, the names of pictures that were passed over, and ``written``, the file in the run directory that holds all
-        this: ``evaluation-SPLIT.json``, or of a folder ``evaluation-FOLDER.json``; and ``published``, where the folder is a standard set
-        (`lowbit.published`), with ``set, scale, psnr``.
+        this: ``evaluation-SPLIT.json``, or of a folder ``evaluation-folder-NAME.json`` (a warning says where it can't be written); and
+        ``published``, where the folder is a standard set (`lowbit.published`), with ``set, scale, psnr``.
 
     Raises:
         RunError: not a finished run. DataError: the data is missing.
     """
+    with _option_named(data):
+        return _evaluate_run(run_dir, data, split)
+
+
+def _evaluate_run(run_dir: str | os.PathLike[str], data: str | None, split: str) -> dict[str, Any]:
     run_dir = Path(run_dir)
     recipe, model = load_run(run_dir)
     run = read_run(run_dir)
@@ -63,8 +70,8 @@ def evaluate_run(run_dir: str | os.PathLike[str], data: str | None = None, split
     if not spec.classes:
         name, source, part = _pictures(recipe, data, split, spec.upscale)
         found = dict(evaluate(model, recipe, spec, source.evaluation(part, 1)))
-        found |= {**by, "broken": list(source.broken), **_papers(name, spec.upscale, found)}
-        return _kept(run_dir, f"evaluation-{name}.json", found)
+        found |= {**by, "broken": list(source.broken), **_papers(data, spec.upscale, found)}
+        return _kept(run_dir / f"evaluation-{name}.json", found)
     batches = _split(_of_recipe(recipe, data, split), split, spec.classes, t.eval_batch_size, t.workers)
     return {**evaluate(model, recipe, spec, batches), **by}
 
@@ -90,7 +97,11 @@ def evaluate_file(
     Raises:
         FileError: not a lowbit file. DataError: no data, or of other classes.
     """
-    path = locate(path)
+    with _option_named(data):
+        return _evaluate_file(locate(path), data, split, threads)
+
+
+def _evaluate_file(path: Path, data: str | None, split: str, threads: int) -> dict[str, Any]:
     graph = read(path)
     if graph.meta.get("task") == "superres":
         return _evaluate_pictures(path, graph, data, split, threads)
@@ -120,6 +131,28 @@ def evaluate_file(
     }
 
 
+def task_of(path: str | os.PathLike[str]) -> str:
+    """The task, "classify" or "superres", of a run directory, a .lowbit file, or a network of the zoo by its name.
+
+    Raises:
+        RunError: a folder that is no run. FileError: not a lowbit file.
+    """
+    if Path(path).is_dir():
+        return str(read_run(Path(path))["task"])
+    return str(read(locate(path)).meta.get("task", "classify"))
+
+
+@contextmanager
+def _option_named(data: str | None) -> Iterator[None]:
+    """Data sets speak of a recipe's key; who names a folder has written none."""
+    try:
+        yield
+    except DataError as error:
+        if data is None or data in DATASETS:
+            raise
+        raise DataError(str(error).replace("data.root", "--data")) from None
+
+
 def _by(isa: str, threads: int) -> str:
     return f"the engine, {isa}, {threads} thread{'s'[: threads > 1]}"
 
@@ -146,9 +179,9 @@ def _evaluate_pictures(path: Path, graph: Graph, data: str | None, split: str, t
         "computed_by": _by(upscaler.isa, threads),
         "broken": list(source.broken),
     }
-    found |= _papers(name, upscaler.scale, found)
+    found |= _papers(data, upscaler.scale, found)
     in_run = (path.parent / "recipe.yaml").is_file()
-    return _kept(path.parent, f"evaluation-{name}-engine.json", found) if in_run else found
+    return _kept(path.parent / f"evaluation-{name}-engine.json", found) if in_run else found
 
 
 def evaluate_pictures(upscaler: Upscaler, source: Pictures, part: Part) -> dict[str, Any]:
@@ -156,29 +189,41 @@ def evaluate_pictures(upscaler: Upscaler, source: Pictures, part: Part) -> dict[
     scale, rows = upscaler.scale, []
     for pair in source.pairs(part):
         low, high = (x[0, 0].numpy() for x in pair)
-        bicubic = resize_bicubic(pair[0], scale)[0, 0].numpy()
-        rows.append(compare(pair.name, upscaler(low), bicubic, high, scale))
+        try:
+            bicubic = resize_bicubic(pair[0], scale)[0, 0].numpy()
+            rows.append(compare(pair.name, upscaler(low), bicubic, high, scale))
+        except MemoryError:
+            source.pass_over(pair.name, ImageError(f"{pair.name}: not enough memory is free to measure it"))
     return means(rows)
 
 
-def _papers(name: str, scale: int, found: Mapping[str, Any]) -> dict[str, Any]:
+def _papers(data: str | None, scale: int, found: Mapping[str, Any]) -> dict[str, Any]:
     """``published`` where these are the pictures that papers report on."""
-    there = published(name, found["images"], scale, found["psnr_bicubic"])
+    folder = "" if data is None else Path(data).resolve().name
+    there = published(folder, found["images"], scale, found["psnr_bicubic"])
     return {} if there is None else {"published": {"set": there[0], "scale": scale, "psnr": there[1]}}
 
 
-def _kept(run_dir: Path, name: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    write_json(run_dir / name, found)
-    return {**found, "written": str(run_dir / name)}
+def _kept(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Written beside the run; what was measured is not lost where that can't be done."""
+    try:
+        write_json(path, found)
+    except OSError as error:
+        _log.warning("%s: not written (%s); what was measured is not kept", path, error.strerror or error)
+        return found
+    return {**found, "written": str(path)}
 
 
 def _pictures(recipe: Recipe | None, data: str | None, split: str, scale: int) -> tuple[str, Pictures, Part]:
-    """What to call them, the pictures, and which part of them: all those of a folder; else of the data set named, or of the recipe's."""
+    """What to call them, the pictures, and which part of them: all those of a folder; else of the data set named, or of the recipe's.
+
+    A folder's name alone could be that of a split, whose result the report shows.
+    """
     part: Part = "test" if split == "test" else "val"
     if data is not None and data not in DATASETS:
         folder = Path(data)
         found = find_pictures(folder, scale)
-        return folder.resolve().name, Pictures(str(folder), (), (), found, scale), "test"
+        return f"folder-{folder.resolve().name}", Pictures(str(folder), (), (), found, scale), "test"
     if data is None:
         assert recipe is not None
         name, source = split, _of_recipe(recipe, None, split)

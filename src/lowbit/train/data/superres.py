@@ -6,6 +6,7 @@ scale; the small one is its antialiased bicubic reduction (``lowbit.pictures.imr
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import math
@@ -21,8 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowbit.pictures import ImageError, from_float, imresize, read_picture, to_float
-from lowbit.predict import SUFFIXES
+from lowbit.machine import available_memory
+from lowbit.pictures import ImageError, from_float, imresize, read_header, read_picture, to_float
+from lowbit.predict import SUFFIXES, named, refuse_too_large
 from lowbit.train.data import DATASETS
 from lowbit.train.data.batches import Augment, TrainingBatches, generator_of
 from lowbit.train.data.images import DataError, DataSource, Labelled, Part, split_indices
@@ -33,6 +35,12 @@ __all__ = ["Pair", "PatchBatches", "Pictures", "degrade", "div2k", "find_picture
 SPLIT_SEED = 20_201_204
 SMALLEST: Final = 11
 """SSIM's window: so many pixels a side are needed within the border that evaluation cuts off."""
+
+_READING: Final = 32
+"""Bytes of memory for each pixel that `Pictures.read` takes at most: 20 to 28 were measured (gray of 8 bits to RGBA of 16)."""
+
+_MEASURING: Final = 180
+"""And what is done with a test picture then: 165 were measured, SSIM's float64 planes."""
 
 _log = logging.getLogger("lowbit.train")
 
@@ -86,11 +94,13 @@ def find_pictures(folder: str | Path, scale: int | None = None) -> list[Path]:
     ``image_SRF_<scale>/*_HR.png`` (Set5, Set14, B100, Urban100).
 
     Raises:
-        DataError: no such folder, or no picture in it.
+        DataError: no such folder, or no picture in it. OSError: no permission to look into it.
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise DataError(f"{place}: no such folder; pictures are looked for there")
+    if not os.access(place, os.R_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
     pattern = "*"
     if (place / "HR").is_dir():
         place = place / "HR"
@@ -231,7 +241,8 @@ class Pictures(DataSource):
         shrink: the training and held-out pictures are first made so many times smaller: photographs as cameras give them are not
             sharp to the pixel, and JPEG leaves its marks.
         validation_size: see above; None for whole pictures.
-        on_broken: what a picture that can't be read, or is too small, does: "stop", or "skip": it is named, passed over and counted.
+        on_broken: what a picture that can't be read, or is too small or too large for the memory that is free, does: "stop", or "skip": it
+            is named, passed over and counted.
         way_out: where to get files that are not there.
     """
 
@@ -302,36 +313,58 @@ class Pictures(DataSource):
         """Name, small and large picture of each file; what can't be read is passed over or stops.
 
         Raises:
-            DataError: a picture is broken or too small, and ``on_broken`` is "stop"; or all of them are.
+            DataError: a picture is broken, too small or too large for the memory that is free, and ``on_broken`` is "stop"; or all of them
+                are; or those that are kept in memory don't fit there together.
         """
         found = 0
-        least = self.patch * self.upscale if part in ("train", "full") else SMALLEST + 2 * self.upscale
+        free = available_memory()  # before pictures are kept: what is passed over is too large by itself
         for path, name in _names(paths).items():
             try:
-                y = read_picture(path).luma()
-                if part != "test" and self.shrink > 1:
-                    y = np.clip(imresize(y, 1 / self.shrink), 0, 1)
-                if part == "val":
-                    y = _centre(y, self.validation_size)
-                if min(side - side % self.upscale for side in y.shape) < least:
-                    small = f" once made {self.shrink} times smaller" if part != "test" and self.shrink > 1 else ""
-                    what = (
-                        f"a patch of {self.patch} x {self.patch} needs" if part in ("train", "full") else "SSIM needs"
-                    )
-                    raise ImageError(f"{path}: {y.shape[1]} x {y.shape[0]} pixels{small}; {what} {least} a side")
+                low, high = self._read(path, part, free)
             except ImageError as error:
-                if self.on_broken == "stop":
+                self.pass_over(name, error)
+            except MemoryError:
+                if part != "test":
                     raise DataError(
-                        f"{error}; repair or remove it, or pass over such pictures with data.broken: skip"
+                        f"{self.name}: out of memory after {found} of {len(paths)} {_WORDS[part]} pictures; take fewer, or smaller ones"
                     ) from None
-                if name not in self.found_broken:
-                    self.found_broken.append(name)
-                    _log.warning("%s; passed over", error)
-                continue
-            found += 1
-            yield (name, *degrade(y, self.upscale))
+                self.pass_over(name, ImageError(f"{path}: not enough memory is free"))
+            else:
+                found += 1
+                yield name, low, high
         if not found:
             raise DataError(f"{self.name}: none of the {len(paths)} {_WORDS[part]} pictures can be used")
+
+    def _read(self, path: Path, part: Part, free: int) -> tuple[Floats, Gray8]:
+        header = read_header(path)
+        with named(path):
+            refuse_too_large(header.width, header.height, _MEASURING if part == "test" else _READING, free)
+        y = read_picture(path).luma()
+        if part != "test" and self.shrink > 1:
+            y = np.clip(imresize(y, 1 / self.shrink), 0, 1)
+        if part == "val":
+            y = _centre(y, self.validation_size)
+        cut = part in ("train", "full")
+        least = self.patch * self.upscale if cut else SMALLEST + 2 * self.upscale
+        if min(side - side % self.upscale for side in y.shape) < least:
+            small = f" once made {self.shrink} times smaller" if part != "test" and self.shrink > 1 else ""
+            what = f"a patch of {self.patch} x {self.patch} needs" if cut else "SSIM needs"
+            raise ImageError(f"{path}: {y.shape[1]} x {y.shape[0]} pixels{small}; {what} {least} a side")
+        return degrade(y, self.upscale)
+
+    def pass_over(self, name: str, error: ImageError) -> None:
+        """Leave a picture out: it is named once, with what is wrong with it, and counted.
+
+        Raises:
+            DataError: ``on_broken`` is "stop".
+        """
+        if self.on_broken == "stop":
+            raise DataError(
+                f"{error}; repair or remove it, or pass over such pictures with data.broken: skip"
+            ) from None
+        if name not in self.found_broken:
+            self.found_broken.append(name)
+            _log.warning("%s; passed over", error)
 
     def _in_memory(self, paths: Sequence[Path]) -> list[tuple[Tensor, Tensor]]:
         return [
@@ -450,7 +483,8 @@ def picture_folder(
         shrink: the pictures are first made so many times smaller: 2 for photographs straight from a camera.
         validation_fraction: share of the pictures that is held out, drawn with a fixed seed.
         validation_size: of those the centre, so many pixels a side, is evaluated after every epoch; None for all of it.
-        broken: "skip" a picture that can't be read or is smaller than a patch (named, and counted in run.json), or "stop".
+        broken: "skip" a picture that can't be read, is smaller than a patch or too large for memory (named, and counted in run.json), or
+            "stop".
 
     Raises:
         DataError: no such folder, no pictures, impossible settings.
