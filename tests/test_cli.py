@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import lowbit
-from lowbit import cli
+from lowbit import bench, cli, predict, zoo
 from lowbit.bench import superres
 from networks import CLASSES, classifier
 
@@ -217,6 +217,7 @@ def test_every_expected_error_is_one_line(call: Call, model: Path, tmp_path: Pat
         (["evaluate", tmp_path / "no"], "no: no such file"),
         (["evaluate", model], "say what to evaluate on with --data"),
         (["evaluate", model, "--data", "fashion_mnist"], "has the classes"),
+        (["evaluate", model, "--data", tmp_path / "no"], "--data must hold one folder of images for each class"),
         (["export", tmp_path / "empty"], "not a run directory"),
         (["export", tmp_path / "no"], "no: not a run directory"),
         (["export", tmp_path / "empty", "--inputs", 3], "at least 500"),
@@ -296,6 +297,81 @@ def test_predict_answers_what_the_network_does(call: Call, model: Path, tmp_path
     for option, x in (([], pixels), (["--invert"], 255 - pixels)):
         best = CLASSES[int(classifier().run(x[None]).argmax())]
         assert best in call("predict", model, exact, "--top", 1, *option)[1]
+
+
+def test_predict_passes_over_what_cannot_be_read(
+    call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.png", "c.png"):
+        image(folder / name)
+    (folder / "b.png").write_text("not an image")
+    image(folder / "large.png", size=(100, 90))
+    monkeypatch.setattr(predict, "available_memory", lambda: 100 * 90 * 20 - 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3)  # Pillow's word is not asked for
+    code, text, shown = call("predict", model, folder, "--top", 1)
+    assert code == 1
+    assert text.count("%") == 2
+    assert f"left out: {folder / 'b.png'}: not a readable image" in shown
+    assert f"left out: {folder / 'large.png'}: 100 x 90 pixels need 0.0 GB of memory, 0.0 GB are free" in shown
+    assert shown.endswith("2 of 4 images could not be read\n")
+    code, text, shown = call("predict", model, folder / "b.png", folder / "large.png")
+    assert (code, text) == (1, "")
+    code, text, shown = call("predict", model, folder / "large.png")
+    assert (code, text, shown.count("\n")) == (2, "", 1)
+
+
+def test_bench_looks_at_the_place_first(
+    call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "bench_file", lambda *_, **__: pytest.fail("measured"))
+    assert "no/b.json: No such file or directory" in call("bench", model, "--json", tmp_path / "no/b.json")[2]
+    assert f"{tmp_path}: Is a directory" in call("bench", model, "--json", tmp_path)[2]
+    assert f"{model}: Not a directory" in call("bench", model, "--json", model / "b.json")[2]
+
+
+def test_bench_shows_what_it_cannot_write(
+    call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(bench, "write_result", full)
+    code, text, shown = call("bench", model, "--repeats", 2, "--no-layers", "--json", tmp_path / "b.json")
+    assert code == 2
+    assert "ONNX Runtime" in text
+    assert f"error: {tmp_path / 'b.json'}: No space left on device" in shown
+
+
+def test_beside_is_refused_before_anything_is_measured(
+    call: Call, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowbit.train import evaluation
+
+    enlarges = tmp_path / "x2.lowbit"
+    lowbit.save(superres.low_resolution(), enlarges)
+    monkeypatch.setattr(evaluation, "evaluate_file", lambda *_: pytest.fail("measured"))
+    for what, beside in ((model, enlarges), (enlarges, model)):
+        code, _, shown = call("evaluate", what, "--data", tmp_path, "--beside", beside)
+        assert code == 2
+        assert "small.lowbitclassifiesimages" in re.sub(r"[│\s]", "", shown)
+
+
+def test_evaluate_shows_the_card_beside_its_own_images_alone(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowbit.train import evaluation
+
+    card = next(card for card in map(zoo.load_card, zoo.names()) if card.task == "superres")
+    means = dict.fromkeys(("psnr", "psnr_bicubic", "ssim", "ssim_bicubic"), 1.0)
+    found = {**means, "metric": "psnr", "computed_by": "the engine", "images": 1, "broken": [], "pictures": []}
+    monkeypatch.setattr(evaluation, "evaluate_file", lambda *_: found)
+    text = call("evaluate", card.name)[1]
+    assert f"its card: {card.result}" in text
+    assert f"{card.name}, test pictures, computed by the engine" in " ".join(text.split())
+    for more in (["--split", "val"], ["--data", "examples"]):
+        text = call("evaluate", card.name, *more)[1]
+        assert "its card" not in text
+        assert f"{card.name}, {more[1]}" in " ".join(text.split())
 
 
 def test_bench(call: Call, model: Path, tmp_path: Path) -> None:

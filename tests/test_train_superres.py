@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from lowbit.graph import Node
 from lowbit.pictures import imresize, luma
 from lowbit.published import published
 from lowbit.runtime import load
-from lowbit.train import freeze, prepare, resize_bicubic
+from lowbit.train import evaluation, freeze, prepare, resize_bicubic
 from lowbit.train.data import DATASETS, Augment, DataError
+from lowbit.train.data import superres as data_of_pictures
 from lowbit.train.data.superres import HELD_OUT, PHOTOGRAPHS, Pair, PatchBatches, Pictures, degrade, find_pictures
 from lowbit.train.evaluation import evaluate_file, evaluate_run
 from lowbit.train.export import export_run
@@ -298,6 +300,46 @@ def test_pictures_that_cant_be_used(tmp_path: Path, logged: list[str]) -> None:
     del data.__dict__["_train"]
     with pytest.raises(DataError, match="none of the 2 training pictures can be used"):
         data.batches(4)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_pictures_too_large_for_memory(
+    tmp_path: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch, part: Any
+) -> None:
+    """The header is enough: the large one here ends behind it."""
+    write(tmp_path, ["a.png", "b.png"])
+    Image.new("L", (400, 300)).save(tmp_path / "large.png")
+    (tmp_path / "large.png").write_bytes((tmp_path / "large.png").read_bytes()[:60])
+    pixel = {"train": 32, "test": 180}[part]
+    monkeypatch.setattr(data_of_pictures, "available_memory", lambda: 400 * 300 * pixel - 1)
+    paths = find_pictures(tmp_path)
+    data = Pictures("mine", paths, (), paths, patch=8)
+    assert [name for name, _, _ in data.read(paths, part)] == ["a.png", "b.png"]
+    assert data.broken == ("large.png",)
+    assert logged == [f"{tmp_path / 'large.png'}: 400 x 300 pixels need 0.0 GB of memory, 0.0 GB are free; passed over"]
+    monkeypatch.setattr(data_of_pictures, "available_memory", lambda: 400 * 300 * pixel)
+    list(data.read(paths, part))
+    data.found_broken.clear()
+    list(data.read(paths, part))
+    assert "truncated" in logged[-1]
+
+
+def test_memory_that_runs_out(tmp_path: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """While test pictures are read one goes; of those that are kept, all of them are too many."""
+    write(tmp_path, ["a.png", "b.png"])
+    paths = find_pictures(tmp_path)
+
+    def read(path: Path, real: Any = data_of_pictures.read_picture) -> Any:
+        if path.name == "b.png":
+            raise MemoryError
+        return real(path)
+
+    monkeypatch.setattr(data_of_pictures, "read_picture", read)
+    data = Pictures("mine", paths, (), paths, patch=8)
+    assert [name for name, _, _ in data.read(paths, "test")] == ["a.png"]
+    assert logged == [f"{tmp_path / 'b.png'}: not enough memory is free; passed over"]
+    with pytest.raises(DataError, match=r"mine: out of memory after 1 of 2 training pictures; take fewer"):
+        list(data.read(paths, "train"))
 
 
 @pytest.mark.parametrize(
@@ -592,7 +634,7 @@ def test_evaluate_names_broken_pictures(whole: Any, tmp_path: Path) -> None:
     fine = runner.invoke(cli.app, ["evaluate", str(whole.run_dir), "--data", str(tmp_path / "mine")])
     assert fine.exit_code == 0, fine.output
     assert "mean of 2" in fine.output
-    assert (whole.run_dir / "evaluation-mine.json").is_file()
+    assert (whole.run_dir / "evaluation-folder-mine.json").is_file()
     beside = runner.invoke(
         cli.app,
         ["evaluate", str(whole.run_dir), "--data", str(tmp_path / "mine"), "--beside", str(whole.run_dir)],
@@ -604,7 +646,62 @@ def test_evaluate_names_broken_pictures(whole: Any, tmp_path: Path) -> None:
     found = runner.invoke(cli.app, ["evaluate", str(whole.run_dir), "--data", str(tmp_path / "mine")])
     assert found.exit_code == 1
     assert "mean of 2" in found.output
-    assert "2 pictures can't be used and were passed over: cut.png, low.png" in " ".join(found.output.split())
+    assert "2 of 4 pictures could not be measured" in found.output
+    for beside in ([], ["--beside", str(whole.run_dir)]):
+        found = runner.invoke(cli.app, ["evaluate", str(whole.run_dir), "--data", str(tmp_path / "mine"), *beside])
+        assert [found.output.count(name) for name in ("cut.png", "low.png")] == [1, 1], "named once, with the reason"
+
+
+def test_a_folder_called_like_a_split_is_another_result(whole: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole.run_dir, run)
+    of_split = evaluate_run(run, split="test")
+    for name in ("test", "val"):
+        write(tmp_path / name, ["x.png"], height=40, width=44)
+        found = evaluate_run(run, str(tmp_path / name))
+        assert Path(found["written"]).name == f"evaluation-folder-{name}.json"
+    kept = json.loads((run / "evaluation-test.json").read_text())
+    assert [p["name"] for p in kept["pictures"]] == [p["name"] for p in of_split["pictures"]] == ["t1.png", "t2.jpg"]
+    assert not (run / "evaluation-val.json").exists()
+
+
+def test_what_cannot_be_kept_is_shown(whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    write(tmp_path / "mine", ["a.png"], height=40, width=44)
+    monkeypatch.setattr(evaluation, "write_json", full)
+    found = CliRunner().invoke(cli.app, ["evaluate", str(whole.run_dir), "--data", str(tmp_path / "mine")])
+    assert found.exit_code == 0, found.output
+    assert "mean of 1" in found.output
+    assert "evaluation-folder-mine.json: not written (Permission denied); what was measured is not kept" in found.output
+    assert "wrote" not in found.output
+
+
+def test_memory_that_runs_out_while_measuring(
+    tmp_path: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, ["a.png", "b.png"])
+
+    def measure(name: str, *arrays: Any, real: Any = evaluation.compare) -> Any:
+        if name == "a.png":
+            raise MemoryError
+        return real(name, *arrays)
+
+    monkeypatch.setattr(evaluation, "compare", measure)
+    data = Pictures("mine", (), (), find_pictures(tmp_path))
+    found = evaluation.evaluate_pictures(Upscaler(low_resolution()), data, "test")
+    assert [p["name"] for p in found["pictures"]] == ["b.png"]
+    assert data.broken == ("a.png",)
+    assert "a.png: not enough memory is free to measure it" in logged[0]
+
+
+def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, who may look everywhere
+    with pytest.raises(PermissionError) as caught:
+        find_pictures(tmp_path / "closed", 2)
+    assert caught.value.filename == str(tmp_path / "closed")
 
 
 def test_training_names_broken_pictures_at_its_end(folder: Path, tmp_path: Path) -> None:

@@ -167,6 +167,72 @@ def test_pictures_too_large_for_memory(
     assert (status, err.count("\n")) == (2, 1)
 
 
+def test_memory_that_runs_out_costs_one_picture(
+    call: Call,  # noqa: F811
+    x2: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(path: Path) -> Picture:
+        if path.name == "b.jpg":
+            raise MemoryError
+        return read_picture(path)
+
+    monkeypatch.setattr(upscale, "read_picture", read)
+    status, out, err = call("upscale", x2, folder, tmp_path / "out")
+    assert status == 1
+    assert f"left out: {folder / 'b.jpg'}: ran out of memory; cut the picture into parts" in err
+    assert out.count(" x ") == 2
+    status, _, err = call("upscale", x2, folder / "b.jpg", tmp_path / "b.png")
+    assert (status, err.count("\n")) == (2, 1)
+
+
+def test_a_folder_called_like_a_picture_is_in_the_way(call: Call, x2: Path, folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "out/b.png").mkdir(parents=True)
+    status, out, err = call("upscale", x2, folder, tmp_path / "out")
+    assert status == 1
+    assert f"left out: {folder / 'b.jpg'}: {tmp_path / 'out/b.png'} is a folder; move it away" in err
+    assert "there already" not in err
+    assert out.count(" x ") == 2
+
+
+def test_names_of_another_encoding(
+    call: Call,  # noqa: F811
+    x2: Path,
+    folder: Path,
+    tmp_path: Path,
+) -> None:
+    (folder / "a.png").rename(folder / os.fsdecode(b"\xff.png"))
+    (folder / "b.jpg").rename(folder / "$\\frac$.jpg")  # would be a formula, and a wrong one
+    status, out, err = call("upscale", x2, folder, tmp_path / "out", "--compare", tmp_path / "page.html")
+    assert status == 0, err
+    assert "\\udcff.png: 60 x 40" in out
+    text = (tmp_path / "page.html").read_text()
+    assert "?.png" in text
+    assert "$\\frac$.jpg" in text
+    assert (tmp_path / "page.png").is_file()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_interruption_says_what_is_left(
+    call: Call,  # noqa: F811
+    x2: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: bool,
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upscale, "read_picture", stop)
+    (tmp_path / "out").mkdir()
+    status, _, err = call("upscale", x2, folder if whole else folder / "a.png", tmp_path / "out")
+    left = "the same command goes on" if whole else f"{tmp_path / 'out/a.png'} was not written"
+    assert (status, err) == (130, f"interrupted; {left}\n")
+
+
 ERRORS = {
     "no file": ("none.lowbit in/a.png out.png", "none.lowbit: no such file"),
     "no lowbit file": ("f.txt in/a.png out.png", "f.txt: not a lowbit file"),
@@ -185,6 +251,9 @@ ERRORS = {
     "float alone": ("x2.lowbit in/a.png out.png --float x2.lowbit", "--float FILE is shown on a page: add --compare PAGE"),
     "page": ("x2.lowbit in/a.png out.png --compare page.png", "page.png: the page's name must end in .html"),
     "page in the way": ("x2.lowbit in/a.png out.png --compare out.html", "would take the place of .*out.png"),
+    "page is a folder": ("x2.lowbit in out --compare empty.html", "empty.html: Is a directory"),
+    "page below a file": ("x2.lowbit in out --compare f.txt/new/p.html", "f.txt: Not a directory"),
+    "other scale, new folders": ("x2.lowbit in out/a --compare new/p.html --float x3.lowbit", "enlarge by 2 and 3"),
     "other scale": ("x2.lowbit in/a.png out.png --compare p.html --float x3.lowbit", "enlarge by 2 and 3"),
 }  # fmt: skip
 """Arguments, and what is said of them."""
@@ -200,6 +269,7 @@ def test_errors_are_one_clear_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
+    Path("empty.html").mkdir()
     Path("f.txt").write_text("x")
     lowbit.save(classifier(), "classes.lowbit")
     lowbit.save(superres.low_resolution(scale=3), "x3.lowbit")
@@ -218,6 +288,8 @@ def test_two_pictures_of_one_name(call: Call, x2: Path, folder: Path, tmp_path: 
     assert status == 2
     assert "a.jpg and" in err
     assert "would both become" in err
+    assert "rename one of them" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_jpeg_for_what_it_cannot_hold(call: Call, x2: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -271,7 +343,7 @@ def test_a_full_disk_is_named(
 def test_a_superres_file_given_to_predict(call: Call, x2: Path, folder: Path) -> None:  # noqa: F811
     status, _, err = call("predict", x2, folder)
     assert status == 2
-    assert "this network's task is 'superres'; predict names classes; enlarge pictures with lowbit upscale" in err
+    assert f"{x2}: its task is 'superres'; predict names classes; enlarge pictures with lowbit upscale" in err
 
 
 # --------------------------------------------------------------------------------------------- side by side
@@ -297,6 +369,17 @@ def test_the_page(call: Call, x2: Path, folder: Path, tmp_path: Path) -> None:  
     # pictures that were there already are shown too
     assert call("upscale", x2, folder, tmp_path / "out", "--compare", page)[0] == 1
     assert page.read_text().count("data:image/png;base64,") == 3 * (1 + 3)
+
+
+def test_a_page_of_nothing_is_not_written(call: Call, x2: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "in" / name).write_text("no picture")
+    status, _, err = call("upscale", x2, tmp_path / "in", tmp_path / "out", "--compare", tmp_path / "new/page.html")
+    assert status == 1
+    assert "page.html: not written, there is no enlarged picture to show" in err
+    assert err.endswith("2 of 2 pictures could not be enlarged\n")
+    assert not (tmp_path / "new").exists()
 
 
 def test_crops_are_what_they_say(tmp_path: Path) -> None:

@@ -98,14 +98,16 @@ def write_page(
 
     Args:
         path: of the page, ending in .html.
-        work: pictures that have been enlarged, at least one; the first `PICTURES` are shown.
+        work: pictures that have been enlarged; the first `PICTURES` are shown.
         larger: what has enlarged them, from `file`.
         beside: another network, from `twin`.
 
     Raises:
         ImageError: a picture that can't be read any more.
-        UpscaleError: a picture that is not what it should have become.
+        UpscaleError: no pictures, or one that is not what it should have become.
     """
+    if not work:
+        raise UpscaleError(f"{path}: no enlarged picture to show")
     files = [Path(file)] if beside is None or twin is None else [Path(file), Path(twin)]
     apart = len({f.name for f in files}) == len(files)  # else both are RUN/model.lowbit, say
     titles = ["nearest", "bicubic", *(f.name if apart else str(f) for f in files)]
