@@ -565,8 +565,8 @@ def test_no_path_of_a_machine_in_a_command(runs: Path, monkeypatch: pytest.Monke
 
 # ------------------------------------------------------------------------------------------------ pictures into the zoo
 
-PICTURES: list[Path] = []
-"""Where the data set below lies, while a test uses it."""
+PICTURES: list[Path | None] = [None]
+"""Where the data set below lies, once a test has put it there: last."""
 
 
 @DATASETS.register("pictures_of_a_test")

@@ -169,11 +169,11 @@ class Search:
         path = self.folder / "study.db"
         identity = fingerprint(self._data_of(self._first))
         place: dict[str, Any] = {"storage": f"sqlite:///{path.absolute()}", "study_name": "search"}
+
+        def opened() -> optuna.Study:
+            return optuna.create_study(**place, directions=["maximize", "minimize"], load_if_exists=True)
+
         try:
-
-            def opened() -> optuna.Study:
-                return optuna.create_study(**place, directions=["maximize", "minimize"], load_if_exists=True)
-
             study = opened()
             attrs = study.user_attrs
             begun = any(t.state != TrialState.WAITING for t in study.get_trials(deepcopy=False))
