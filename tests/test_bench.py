@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -341,6 +342,7 @@ def test_a_file(tmp_path: Path) -> None:
     found = bench.bench_file(tmp_path / "x.lowbit", isa="scalar", batch=2, repeats=2, peers=peers)
     assert (found["format"], found["isa"], found["threads"], found["batch"]) == (2, "scalar", 1, 2)
     assert (found["file"], found["missing"], found["peak"]) == ("x.lowbit", [], None)
+    assert found["sha256"] == hashlib.sha256((tmp_path / "x.lowbit").read_bytes()).hexdigest()
     assert list(found["whole"]["peers"]) == peers
     for peer in found["whole"]["peers"].values():
         assert set(peer) == {"theirs", "ratio", "p10", "p90", "noisy", "note"}

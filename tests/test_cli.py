@@ -236,6 +236,8 @@ def test_every_expected_error_is_one_line(call: Call, model: Path, tmp_path: Pat
             "no/b.json: No such file or directory",
         ),
         (["report", tmp_path / "empty"], "not a run directory"),
+        (["sensitivity", tmp_path / "empty"], "error: " + str(tmp_path / "empty: not a run directory")),
+        (["list", "colours"], "list colours: there are lists of zoo, recipes, tables, search, models"),
     ]:
         code, _, shown = call(*arguments)
         assert code == 2, (arguments, shown)

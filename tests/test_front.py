@@ -157,13 +157,28 @@ def test_what_is_old_or_not_measured_is_left_out_and_said() -> None:
     assert "not quiet" in footnote(noisy)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2, "points": []}', '{"format": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"format": 2, "points": []}',
+        '{"format": 1}',
+        '{"format": 1, "points": []}',
+        json.dumps(front(1)),  # type: ignore[arg-type]
+        json.dumps(front({**POINTS[0], "runtime": "tvm"})),
+        json.dumps(front({**POINTS[0], "seconds": {"median": float("nan"), "p10": 1, "p90": 1}})),
+        json.dumps(front({k: v for k, v in POINTS[0].items() if k != "hash"})),
+    ],
+)
 def test_a_damaged_file_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "front.json"
     assert read_front(path) is None
     path.write_text(text)
     with pytest.raises(RunError, match=r"front\.json: .*delete it and measure again"):
         read_front(path)
+    path.write_text(json.dumps(front(*POINTS)))
+    assert read_front(path) == front(*POINTS)
 
 
 # ------------------------------------------------------------------------------------------ pictures
@@ -335,6 +350,12 @@ def test_a_run_that_is_not_there(measured: tuple[Table, Places, dict[str, Any]],
         "sign seed 0": cells.Action.run,
         "float seed 0": cells.Action.run,
         "float seed 1": cells.Action.done,
+    }
+    why = {s.cell.title: s.why for s in cells.plan(table.cells(), clean, runs_of=timed)}
+    assert why == {
+        "sign seed 0": "its run is not here and has to be timed",
+        "float seed 0": "its run is not here and has to be timed",
+        "float seed 1": "",
     }
     moved = Places(tmp_path / "moved", places.results)
     (moved.runs / "float").mkdir(parents=True)

@@ -26,7 +26,7 @@ from lowbit import cli
 from lowbit.train import search_report
 from lowbit.train.data import DATASETS
 from lowbit.train.probe import Speed, probe_speed, probe_training
-from lowbit.train.recipe import load_recipe
+from lowbit.train.recipe import RecipeError, load_recipe
 from lowbit.train.rundir import InputSpec, RunError, write_json, write_metrics
 from lowbit.train.search import Event, Search
 from lowbit.train.space import SpaceError, load_space
@@ -120,12 +120,28 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"recipe": "nowhere.yaml"}, "recipe: .*nowhere.yaml: can't read"),
         ({"table": {"cells": {"float": {}}}}, "table.cells: 'float' is a name of the table's other cells"),
         ({"recipe": 3}, "recipe: is a recipe written out"),
+        ({"prune": {"rungs": [4, 2]}}, r"prune: rungs: \[4, 2\] must rise"),
+        ({"prune": {"rungs": [2, 2]}}, r"prune: rungs: \[2, 2\] must rise"),
     ],
 )
 def test_a_wrong_space_is_one_clear_error(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(SpaceError, match=rf"tiny\.yaml: (?s:.*){message}") as error:
         load_space(write(tmp_path, **({"runs": {"float": {}}} if "space" in changes else {}), **changes))
     assert "\n" not in str(error.value)
+
+
+def test_what_is_another_file(tmp_path: Path) -> None:
+    """Each of the three kinds names the command that takes it."""
+    path = write(tmp_path)
+    for read in (load_recipe, load_table):
+        with pytest.raises(RecipeError, match=r"tiny\.yaml: is a space to search, not a .*; `lowbit search` runs it"):
+            read(path)
+    path.write_text(yaml.safe_dump({"name": "t", "recipe": TREE["recipe"], "cells": {"a": {}}}))
+    with pytest.raises(SpaceError, match="is a table, not a space to search; `lowbit compare` runs it"):
+        load_space(path)
+    path.write_text(yaml.safe_dump({"name": "t", **TREE["recipe"]}))
+    with pytest.raises(SpaceError, match="is a recipe, not a space to search; `lowbit train` runs it"):
+        load_space(path)
 
 
 def test_two_dimensions_share_mappings_and_nothing_else(tmp_path: Path) -> None:
@@ -481,7 +497,8 @@ def test_searches_that_cannot_be(path: Path, images: Path, tmp_path: Path) -> No
     with pytest.raises(RunError, match="was searched with another space; it differs in runs.*--out another folder"):
         Search(other, out, MadeUp())
     space, out = load_space(alter(path, space=SMALL, runs={})), tmp_path / "small"
-    Search(space, out, MadeUp()).close()
+    with Search(space, out, MadeUp()) as search:
+        search.run(60, trials=1)
     picture = next((images / "train" / "dark").iterdir())
     renamed = picture.rename(picture.with_name("another.png"))
     try:
@@ -493,6 +510,17 @@ def test_searches_that_cannot_be(path: Path, images: Path, tmp_path: Path) -> No
     with pytest.raises(RunError, match="study.db: can't be read"):
         Search(load_space(path), out, MadeUp())
     Search(load_space(path), tmp_path / "fresh", MadeUp()).close()
+
+
+@pytest.mark.usefixtures("no_probes")
+def test_a_refused_budget_binds_the_folder_to_nothing(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Search(load_space(path), out, MadeUp()) as search, pytest.raises(RunError, match="too few for one trial"):
+        search.run(0.1)
+    space = load_space(alter(path, space=SMALL, runs={}))
+    with Search(space, out, MadeUp()) as search:
+        search.run(60, trials=1)
+        assert [t.params for t in search.trials] == [space.first]
 
 
 @pytest.mark.usefixtures("no_probes")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -18,8 +22,8 @@ from lowbit import zoo
 from lowbit.packfile import FileError
 from lowbit.predict import ImageError
 from lowbit.train import zoo as making
-from lowbit.train.data import DataError
-from lowbit.train.data.superres import photographs
+from lowbit.train.data import DATASETS, DataError
+from lowbit.train.data.superres import Pictures, photographs, picture_folder
 from lowbit.train.evaluation import evaluate_file
 from lowbit.train.export import export_run
 from lowbit.train.rundir import RunError
@@ -27,6 +31,8 @@ from lowbit.train.trainer import train
 from lowbit.zoo import ZooError
 from test_cli import Call, call  # noqa: F401
 from test_train_superres import picture
+from test_train_superres import recipe as picture_recipe
+from test_train_superres import write as write_pictures
 from test_trainer import recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -60,6 +66,7 @@ def test_every_card(name: str) -> None:
     assert not any(place in text for place in ("/tmp", "/root", "/home", "/work"))
     assert card.command.startswith(("lowbit train", "OMP_NUM_THREADS=1 lowbit train"))
     assert f"lowbit zoo add runs/{name} --name {name}" in card.command
+    assert ("lowbit bench" in card.command) == (card.time is not None)
     for kind in ("lowbit", "json"):
         assert (
             f"src/lowbit/zoo/{name}.{kind}"
@@ -139,7 +146,7 @@ def test_names_that_are_not_there(open_it: Any) -> None:
     close = NAMES[0][:-1] + "x"
     with pytest.raises(
         FileError,
-        match=f"no such file, and no network of the zoo: did you mean '{NAMES[0]}'.*The zoo has .*{NAMES[-1]}",
+        match=f"no such file, and no network of the zoo; did you mean '{NAMES[0]}'.*The zoo has .*{NAMES[-1]}",
     ):
         open_it(close)
     if open_it is not zoo.locate:
@@ -221,6 +228,14 @@ def test_a_card_that_lacks_a_field(folder: Path, field: str) -> None:
         ({"sha256": 64 * "0"}, r"does not fit its file: the checksum \(SHA-256\) is another one"),
         ({"bytes": 7}, "does not fit its file: the file has .* bytes, the card says 7"),
         ({"bytes": True}, "no usable 'bytes'"),
+        ({"bytes": 10**400}, "no usable 'bytes'"),
+        ({"task": ["classify"]}, "no usable 'task'"),
+        ({"seeds": {"values": {"0": math.nan}, "mean": 1, "sd": None}}, "no usable 'seeds'"),
+        ({"seeds": {"values": {"0": 1}, "mean": math.inf, "sd": None}}, "no usable 'seeds'"),
+        ({"seeds": {"values": {"0": 1}, "mean": 1, "sd": "1"}}, "no usable 'seeds'"),
+        ({"time": {"milliseconds": 1, "batch": 0, "threads": 1, "peers": {}}}, "no usable 'time'"),
+        ({"time": {"milliseconds": math.nan, "batch": 1, "threads": 1, "peers": {}}}, "no usable 'time'"),
+        ({"time": {"milliseconds": 1, "batch": 1, "threads": 1, "peers": {"torch": 3}}}, "no usable 'time'"),
         ({"bytes": "7"}, "no usable 'bytes'"),
         ({"sha256": "abc"}, "no usable 'sha256'"),
         ({"title": " "}, "no usable 'title'"),
@@ -244,9 +259,10 @@ def test_a_card_that_says_otherwise(folder: Path, fields: dict[str, Any], words:
 def test_a_card_of_another_task(folder: Path) -> None:
     pictures = [{"name": "a", "psnr": 30.0, "psnr_bicubic": 29.0}]
     measured = {"metric": "psnr", "value": 30.0, "images": 1, "data": "a", "split": "test", "bicubic": 29.0}
-    change(folder, task="superres", measured=measured)
-    refused("needs 'bicubic' and 'pictures'")
-    change(folder, task="superres", measured={**measured, "pictures": pictures})
+    for more in ({}, {"ssim": 1, "pictures": 5}, {"ssim": 1, "pictures": []}, {"pictures": pictures}):
+        change(folder, task="superres", measured={**measured, **more})
+        refused("needs 'bicubic', 'ssim' and 'pictures'")
+    change(folder, task="superres", measured={**measured, "ssim": 0.9, "pictures": pictures})
     refused("the file's task is 'classify', the card says 'superres'")
 
 
@@ -276,6 +292,64 @@ def test_a_result_that_is_not_the_files(folder: Path) -> None:
         pytest.skip(str(error))
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"seeds": {"values": {"0": 0.9026, "1": 0.9}, "mean": 0.9026, "sd": 0.0018384776310850}},
+            "the mean of its seeds is",
+        ),
+        ({"seeds": {"values": {"0": 0.9026, "1": 0.9}, "mean": 0.9013, "sd": None}}, "the sd of its seeds is"),
+        (
+            {"seeds": {"values": {"1": 0.9026}, "mean": 0.9026, "sd": None}},
+            "the seed of the recipe is 0, and the seeds are 1",
+        ),
+        ({"seeds": {"values": {"0": 0.91}, "mean": 0.91, "sd": None}}, "of its training graph 0.9100"),
+    ],
+)
+def test_a_card_that_does_not_fit_itself(folder: Path, fields: dict[str, Any], words: str) -> None:
+    value = {"metric": "accuracy", "value": 0.9026, "images": 10_000, "data": "fashion_mnist", "split": "test"}
+    change(folder, measured=value, **fields)
+    zoo.load_card("small")
+    with pytest.raises(ZooError, match=f"small: its card does not fit itself: .*{words}"):
+        making.check("small")
+
+
+def test_pictures_of_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands there for all pictures is the mean of theirs; SSIM is measured again where all of them are there."""
+    if not ENLARGERS:
+        pytest.skip("no network for super-resolution")
+    place = tmp_path / "zoo"
+    place.mkdir()
+    shutil.copy(zoo.FOLDER / f"{ENLARGERS[0]}.lowbit", place / "small.lowbit")
+    card = json.loads((zoo.FOLDER / f"{ENLARGERS[0]}.json").read_text())
+    card["name"] = "small"
+    measured = card["measured"]
+    measured["pictures"] = [row for row in measured["pictures"] if row["name"] == "camera.png"]
+    (row,) = measured["pictures"]
+    measured |= {"images": 1, "value": row["psnr"], "bicubic": row["psnr_bicubic"]}
+    seed = str(card["recipe"]["seed"])
+    card["seeds"] = {"values": {seed: row["psnr"]}, "mean": row["psnr"], "sd": None}
+    monkeypatch.setattr(zoo, "FOLDER", place)
+    data = photographs()
+    data.test = [path for path in data.test if path.stem == "camera"]
+    monkeypatch.setattr(making, "load_data", lambda recipe: data)
+    found = making.evaluate_pictures(making.Upscaler(place / "small.lowbit"), data, "test")
+    for changes, words in (
+        ({"ssim": found["ssim"]}, None),
+        ({"ssim": found["ssim"] + 2e-4}, "does not fit its file: SSIM is"),
+        ({"bicubic": row["psnr_bicubic"] + 1e-4}, "does not fit itself: the mean psnr_bicubic"),
+        ({"value": row["psnr"] + 1e-4}, "does not fit itself: the mean psnr of"),
+        ({"images": 2}, "does not fit itself: it has 1 pictures, and not 2"),
+    ):
+        (place / "small.json").write_text(json.dumps({**card, "measured": {**measured, **changes}}))
+        if words is None:
+            assert making.check("small").images == 1
+            continue
+        with pytest.raises(ZooError, match=words):
+            making.check("small")
+
+
 def test_a_picture_that_is_not_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not ENLARGERS:
         pytest.skip("no network for super-resolution")
@@ -285,6 +359,7 @@ def test_a_picture_that_is_not_the_files(tmp_path: Path, monkeypatch: pytest.Mon
     card = json.loads((zoo.FOLDER / f"{ENLARGERS[0]}.json").read_text())
     row = next(row for row in card["measured"]["pictures"] if row["name"] == "camera.png")
     row["psnr"] += 0.01
+    card["measured"]["value"] = fmean(row["psnr"] for row in card["measured"]["pictures"])
     (place / "small.json").write_text(json.dumps({**card, "name": "small"}))
     monkeypatch.setattr(zoo, "FOLDER", place)
     data = photographs()
@@ -333,6 +408,9 @@ def test_add(folder: Path, runs: Path) -> None:
     assert card.command.startswith(
         "lowbit train tiny.yaml && lowbit export runs/tiny-one && lowbit zoo add runs/tiny-one"
     )
+    assert card.command.endswith(
+        "--seeds runs/tiny-one-seed4 --trained-by 'lowbit train tiny.yaml' --licence 'made by a test' --overwrite"
+    )
     assert making.check("tiny-one").images == 60
     assert lowbit.load("tiny-one").meta["recipe"] == "tiny"
     assert str(runs) not in (folder / "tiny-one.json").read_text()
@@ -344,6 +422,7 @@ def test_add_with_times(folder: Path, runs: Path, tmp_path: Path) -> None:
     ours = {"median": 2e-3}
     bench: dict[str, Any] = {
         "format": 2,
+        "sha256": hashlib.sha256((place / "model.lowbit").read_bytes()).hexdigest(),
         "network": "tiny",
         "batch": 2,
         "threads": 1,
@@ -360,9 +439,14 @@ def test_add_with_times(folder: Path, runs: Path, tmp_path: Path) -> None:
     assert card.milliseconds == "1"
     assert card.time is not None
     assert card.time["peers"] == {"torch": {"milliseconds": 20.0, "ratio": 10.0, "noisy": False}}
-    (place / "bench.json").write_text(json.dumps({**bench, "network": "another"}))
-    with pytest.raises(RunError, match=r"bench.json: is of another network.*lowbit bench"):
-        making.add_run(place, "timed", "T", overwrite=True, **MORE)
+    assert (
+        " && lowbit bench runs/timed/model.lowbit --batch 2 --peers torch --json runs/timed/bench.json && lowbit zoo add"
+        in card.command
+    )
+    for other in ({**bench, "sha256": 64 * "0"}, {k: v for k, v in bench.items() if k != "sha256"}):
+        (place / "bench.json").write_text(json.dumps(other))
+        with pytest.raises(RunError, match=r"bench.json: is of another file than model.lowbit is now.*lowbit bench"):
+            making.add_run(place, "timed", "T", overwrite=True, **MORE)
     assert (folder / "timed.json").is_file()
 
 
@@ -387,14 +471,23 @@ def test_what_cant_be_added(folder: Path, runs: Path, tmp_path: Path) -> None:
         making.add_run(run, "new", "T", others=[tmp_path / "nothing.json"], **MORE)
     with pytest.raises(RunError, match="not a run directory"):
         making.add_run(tmp_path, "new", "T", **MORE)
+    (tmp_path / "README.md").write_text("# words")
+    (tmp_path / "bench.json").write_text('{"format": 2}')
+    for file in ("README.md", "bench.json"):
+        with pytest.raises(RunError, match=rf"{file}: .*; give a result file of `lowbit compare`, or a run directory$"):
+            making.add_run(run, "new", "T", others=[tmp_path / file], **MORE)
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     text = (copy / "recipe.yaml").read_text()
     (copy / "recipe.yaml").write_text(text.replace("lr: 0.05", "lr: 0.06").replace("seed: 3", "seed: 5"))
-    with pytest.raises(
-        RunError, match=r"copy.*(another recipe; it differs in train.lr|not the file that proof.json is about)"
-    ):
+    (copy / "proof.json").unlink()
+    with pytest.raises(RunError, match=r"copy: is a run of another recipe; it differs in train\.lr$"):
         making.add_run(run, "new", "T", others=[copy], **MORE)
+    for damaged in ("[]", "{}"):
+        (copy / "proof.json").write_text(damaged)
+        with pytest.raises(RunError, match=r"proof\.json: is .*make it again with `lowbit export"):
+            making.add_run(copy, "new", "T", **MORE)
+    shutil.copy(run / "proof.json", copy / "proof.json")
     (copy / "recipe.yaml").write_text(text)
     shutil.copy(folder / "small.lowbit", copy / "model.lowbit")
     with pytest.raises(RunError, match="not the file that proof.json is about"):
@@ -420,10 +513,114 @@ def test_the_command_is_found(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_p
     (tmp_path / "recipes" / "some" / "broken.yaml").write_text("name: x")
     (tmp_path / "recipes" / "some" / "tiny.yaml").write_text(own.model_copy(update={"seed": 0}).to_yaml())
     assert making._recipe_file(own) == "recipes/some/tiny.yaml --set seed=3"
-    assert making._command(runs / "seed3", own, "n", "It's", None).endswith(
-        "lowbit train recipes/some/tiny.yaml --set seed=3 --run-dir runs/n && lowbit export runs/n && "
-        "lowbit zoo add runs/n --name n --title 'It'\"'\"'s' --overwrite"
+    one = making._Seed(runs / "seed3", own, 0.9, 60)
+    two = making._Seed(runs / "seed4", own.model_copy(update={"seed": 4}), 0.9, 60)
+    result = making._Seed(Path("results/my table/seed5.json"), own.model_copy(update={"seed": 5}), 0.9, 60)
+    command = making._command([one, two, result], "n", "It's", None, None, None)
+    assert command.replace("OMP_NUM_THREADS=1 ", "") == (
+        "lowbit train recipes/some/tiny.yaml --set seed=3 --run-dir runs/n && "
+        "lowbit train recipes/some/tiny.yaml --set seed=4 --run-dir runs/n-seed4 --test && lowbit export runs/n && "
+        "lowbit zoo add runs/n --name n --title 'It'\"'\"'s' --seeds runs/n-seed4 --seeds 'results/my table/seed5.json' --overwrite"
     )
+    shutil.copytree(runs / "seed3", tmp_path / "my runs" / "a;b")
+    spaced = making._Seed(Path("my runs/a;b"), own, 0.9, 60)
+    words = shlex.split(making._command([spaced], "n", "T", None, "free", None))
+    assert words.count("my runs/a;b") == 3
+    assert words[-3:] == ["--licence", "free", "--overwrite"]
+
+
+def test_no_path_of_a_machine_in_a_command(runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = recipe(train__epochs=1)
+    started = own.model_copy(update={"train": own.train.model_copy(update={"start_from": "/home/me/secret/run"})})
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "tiny.yaml").write_text(own.to_yaml())
+    run = making._Seed(runs / "seed3", own, 0.9, 60)
+    result = making._Seed(Path("/home/me/secret/seed4.json"), own.model_copy(update={"seed": 4}), 0.9, 60)
+    for seeds, trained_by in (
+        ([making._Seed(runs / "seed3", started, 0.9, 60)], None),
+        ([run, result], None),
+        ([run], "lowbit train x.yaml --set data.root=/home/me/secret/data"),
+        ([run], "lowbit train ~/secret/x.yaml"),
+    ):
+        with pytest.raises(ZooError, match=r"would name .*/secret/[a-z0-9./]+, a path of this machine; .*--trained-by"):
+            making._command(seeds, "n", "A/B and 3 / 4", trained_by, None, None)
+    assert "--set 'train.start_from=" in making._command(
+        [
+            making._Seed(
+                runs / "seed3",
+                started.model_copy(update={"train": own.train.model_copy(update={"start_from": "runs/b"})}),
+                1,
+                1,
+            )
+        ],
+        "n",
+        "A/B and 3 / 4",
+        None,
+        None,
+        None,
+    )
+    assert making._stored(runs / "seed3", started)["train"]["start_from"] == "run"
+
+
+# ------------------------------------------------------------------------------------------------ pictures into the zoo
+
+PICTURES: list[Path | None] = [None]
+"""Where the data set below lies, once a test has put it there: last."""
+
+
+@DATASETS.register("pictures_of_a_test")
+def pictures_of_a_test(root: str | None = None, patch: int = 8, patches: int = 64, best_of: int = 2) -> Pictures:
+    return picture_folder(root or PICTURES[-1], patch=patch, patches=patches, best_of=best_of)
+
+
+@pytest.fixture(scope="module")
+def enlarger(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Pictures, and an exported run that was trained on them."""
+    base = tmp_path_factory.mktemp("enlarger")
+    write_pictures(base / "data" / "train", [f"{name}.png" for name in "abcd"])
+    write_pictures(base / "data" / "test", ["t1.png", "t2.png"], height=50, width=45)
+    train(picture_recipe(base / "data", train__epochs=1), base / "run")
+    export_run(base / "run")
+    return base / "data", base / "run"
+
+
+@pytest.mark.usefixtures("folder")
+def test_pictures_that_nobody_else_finds(enlarger: tuple[Path, Path]) -> None:
+    with pytest.raises(
+        ZooError, match=r"run: picture_folder needs data\.root: .*a card names no folder; .*fashion_mnist"
+    ):
+        making.add_run(enlarger[1], "mine", "T", **MORE)
+    assert "mine" not in zoo.names()
+
+
+def test_add_an_enlarger(folder: Path, enlarger: tuple[Path, Path], tmp_path: Path) -> None:
+    data, run = (Path(shutil.copytree(each, tmp_path / each.name)) for each in enlarger)
+    text = (run / "recipe.yaml").read_text().replace(str(enlarger[0]), str(data))
+    (run / "recipe.yaml").write_text(text.replace("name: picture_folder", "name: pictures_of_a_test"))
+    PICTURES.append(data)
+    card = making.add_run(run, "mine", "T", **MORE)
+    assert (card.measured["images"], len(card.measured["pictures"])) == (2, 2)
+    assert making.check("mine").images == 2
+    picture = data / "test" / "t1.png"
+    content = picture.read_bytes()
+    picture.write_bytes(content[:200])
+    with pytest.raises(DataError, match=r"1 of the test pictures can't be used \(t1\.png\); .*repair or remove"):
+        making.add_run(run, "mine", "T", overwrite=True, **MORE)
+    with pytest.raises(DataError, match=r"mine: can't be measured here: .*t1\.png"):
+        making.check("mine")
+    shutil.copy(data / "test" / "t2.png", picture)
+    with pytest.raises(RunError, match=r"gives .* dB on 2 test pictures, and something else in its proof"):
+        making.add_run(run, "mine", "T", overwrite=True, **MORE)
+    picture.unlink()
+    with pytest.raises(RunError, match=r"gives .* dB on 1 test pictures, and something else in its proof"):
+        making.add_run(run, "mine", "T", overwrite=True, **MORE)
+    card_then = json.loads((folder / "mine.json").read_text())
+    picture.write_bytes(content)
+    card_then["recipe"]["data"]["name"] = "picture_folder"
+    (folder / "mine.json").write_text(json.dumps(card_then))
+    with pytest.raises(DataError, match=r"mine: can't be measured here: picture_folder needs data\.root"):
+        making.check("mine")
 
 
 def test_commands_add_and_check(call: Call, folder: Path, runs: Path) -> None:  # noqa: F811
@@ -438,4 +635,16 @@ def test_commands_add_and_check(call: Call, folder: Path, runs: Path) -> None:  
     assert "as its card says, 60 images" in shown
     status, _, errors = call("zoo", "check", "by-comand")
     assert status == 2
-    assert "did you mean 'by-command'" in errors
+    assert "by-comand: no such network in the zoo; did you mean 'by-command'? The zoo has by-command, small" in errors
+    change(folder, bytes=7)
+    status, shown, errors = call("zoo", "check", "small", "by-command")
+    assert status == 2
+    assert "by-command: " in shown, "the next one is measured all the same"
+    assert "small: its card does not fit its file" in errors
+    assert "1 of 2 networks" in errors
+    for kind in ("zoo", ""):
+        status, shown, _ = call("list", *filter(None, [kind]))
+        assert status == 0
+        assert "by-command" in shown
+        assert "does not fit its file" in " ".join(shown.split())
+    assert "isas" in shown

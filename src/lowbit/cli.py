@@ -1144,7 +1144,10 @@ def zoo_add(
     ] = None,
     trained_by: Annotated[
         str | None,
-        typer.Option(metavar="COMMAND", help="What trained the run, where no recipe below ./recipes is its own."),
+        typer.Option(
+            metavar="COMMAND",
+            help="What trained the run (and runs of --seeds), where no recipe below ./recipes is its own.",
+        ),
     ] = None,
     licence: Annotated[str | None, typer.Option(help="Of the data, where it is not known.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the network of that name.")] = False,
@@ -1173,13 +1176,24 @@ def _card_table(name: str, result: str, size: int, seeds: int) -> Table:
 def zoo_check(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Which; by default all.")] = None,
 ) -> None:
-    """Hold files of the zoo against their cards: size, checksum, task, and what was measured, on the engine again."""
+    """Hold files of the zoo against their cards: size, checksum, task, and what was measured, on the engine again.
+
+    The exit status is 2 where one does not fit, or where its test images are not here.
+    """
     from lowbit import zoo
+    from lowbit.packfile import FileError
+    from lowbit.train.data import DataError
     from lowbit.train.zoo import check
 
-    for name in names or zoo.names():
-        with err.status(f"measuring {name}"):
-            done = check(name)
+    wanted, failed = names or zoo.names(), 0
+    for name in wanted:
+        try:
+            with err.status(f"measuring {name}"):
+                done = check(name)
+        except (FileError, DataError) as error:
+            failed += 1
+            err.print(f"[red]failed:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+            continue
         left = f"; not here: {', '.join(done.missing)}" if done.missing else ""
         what = "pictures" if done.card.task == "superres" else "images"
         out.print(
@@ -1187,6 +1201,10 @@ def zoo_check(
             highlight=False,
             soft_wrap=True,
         )
+    if failed:
+        if len(wanted) > 1:
+            err.print(f"{failed} of {len(wanted)} networks could not be held against their cards", highlight=False)
+        raise typer.Exit(2)
 
 
 # --------------------------------------------------------------------------------------------- search
@@ -1342,9 +1360,15 @@ class Kind(StrEnum):
 
 
 @app.command("list", epilog="Example: lowbit list methods")
-def list_(kind: Annotated[Kind | None, typer.Argument(help="What to list; by default everything.")] = None) -> None:
+def list_(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="KIND", help=f"One of {', '.join(Kind)}; by default all of them.")
+    ] = None,
+) -> None:
     """List what there is: the zoo; recipes, tables, spaces to search in this folder; models, methods, data sets, ops, instruction sets."""
-    for wanted in [kind] if kind else list(Kind):
+    if kind is not None and kind not in list(Kind):
+        raise ValueError(f"list {kind}: there are lists of {', '.join(Kind)}")
+    for wanted in [Kind(kind)] if kind else list(Kind):
         try:
             rows = _LISTS[wanted]()
         except ModuleNotFoundError as error:
@@ -1368,8 +1392,15 @@ def list_(kind: Annotated[Kind | None, typer.Argument(help="What to list; by def
 def _zoo() -> list[tuple[str, ...]]:
     from lowbit import zoo
 
-    cards = [zoo.load_card(name) for name in zoo.names()]
-    return [(c.name, c.task, c.result, f"{c.bytes / 1000:.1f}", c.milliseconds, c.title) for c in cards]
+    rows: list[tuple[str, ...]] = []
+    for name in zoo.names():
+        try:
+            c = zoo.load_card(name)
+        except zoo.ZooError as error:
+            rows.append((name, "", "", "", "", str(error)))
+        else:
+            rows.append((c.name, c.task, c.result, f"{c.bytes / 1000:.1f}", c.milliseconds, c.title))
+    return rows
 
 
 def _kind(path: Path) -> str:

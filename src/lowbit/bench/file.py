@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def bench_file(
         peers: names in `lowbit.bench.PEERS`, or "all".
 
     Returns:
-        Plain JSON: ``format, file, network, isa, threads, batch, input, machine, versions, missing, peak, startup, whole, layers,
+        Plain JSON: ``format, file, sha256, network, isa, threads, batch, input, machine, versions, missing, peak, startup, whole, layers,
         warnings``. Seconds are of one call, so of `batch` images. ``whole`` has ``ours`` and ``peers``, ``missing`` a sentence for each
         peer that is not installed.
 
@@ -74,6 +75,7 @@ def bench_file(
     return {
         "format": FORMAT,
         "file": Path(path).name,
+        "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
         "network": graph.meta.get("recipe", ""),
         "isa": engine.isa,
         "threads": threads,

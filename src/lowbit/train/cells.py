@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -147,8 +147,8 @@ class Step:
     Attributes:
         cell: which.
         action: what it needs.
-        why: for a refusal, what is there; for a resume, how far it came.
-        for_run: its result is there, its run directory is needed too: another cell starts from it.
+        why: for a refusal, what is there; for a resume, how far it came; for a run whose result is there, what the run is for.
+        for_run: its result may be there, its run directory is needed too: another cell starts from it, or it has to be timed.
     """
 
     cell: Cell
@@ -208,29 +208,32 @@ def plan(
 ) -> list[Step]:
     """What each cell needs, the cells they start from included, in an order that can be run.
 
-    ``runs_of``: cells whose run directories are needed too, not their results alone.
+    ``runs_of``: cells whose run directories are needed too, not their results alone: they are timed.
 
     Raises:
         RunError: a damaged file.
     """
     steps: dict[tuple[str, str], Step] = {}
 
-    def add(cell: Cell, for_run: bool) -> None:
+    def add(cell: Cell, for_run: str = "") -> None:
+        """``for_run``: what its run directory is needed for."""
         step = steps.get(cell.key) or look(cell, places, test=test, refresh=refresh)
         if for_run and step.action == Action.done and not step.for_run:
             step = look(cell, places, test=test, refresh=refresh, for_run=True)
+            if step.action == Action.run:
+                step = replace(step, why=f"its run is not here and {for_run}")
         elif cell.key in steps:
             return
         if step.action not in (Action.done, Action.collect, Action.refused):
             for need in cell.needs.values():
-                add(need, True)
+                add(need, f"{cell.title} starts from it")
         steps.pop(cell.key, None)
         steps[cell.key] = step
 
     for cell in cells:
-        add(cell, False)
+        add(cell)
     for cell in runs_of:
-        add(cell, True)
+        add(cell, "has to be timed")
     return list(steps.values())
 
 

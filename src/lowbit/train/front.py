@@ -19,16 +19,18 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 import lowbit.page as page
 from lowbit.files import write_atomic
 from lowbit.train.labels import Label, Line, place
-from lowbit.train.rundir import read_json
+from lowbit.train.recipe import explain_validation
+from lowbit.train.rundir import RunError, read_json
 from lowbit.train.statistics import summary
 from lowbit.train.units import unit
 
@@ -76,13 +78,70 @@ def beaten_by(scores: Sequence[float], costs: Sequence[float], same: float = 0.0
     return [None if i is None else on_front(i) for i in best]
 
 
+class _Part(BaseModel):
+    """A part of front.json as it is read; what a later version adds is no fault."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Seconds(_Part):
+    median: float
+    p10: float
+    p90: float
+
+
+class _Proof(_Part):
+    integers: int
+    integers_differ: int
+
+
+class _Point(_Part):
+    cell: str
+    runtime: Literal["lowbit", "ort-fp32", "ort-int8"]
+    seed: int
+    hash: str
+    seconds: _Seconds
+    bytes: int
+    note: str
+    values: dict[str, float] | None
+    proof: _Proof | None
+
+
+class _Machine(_Part):
+    processor: str
+
+
+class _Front(_Part):
+    metric: str
+    split: str
+    date: str
+    code: dict[str, Any]
+    machine: _Machine
+    versions: dict[str, Any]
+    isa: str
+    threads: int
+    repeats: int
+    input: list[int]
+    trusted: bool
+    warnings: list[str]
+    left_out: list[str]
+    points: list[_Point]
+
+
 def read_front(path: Path) -> dict[str, Any] | None:
     """A table's front.json; None where there is none.
 
     Raises:
         RunError: it is damaged.
     """
-    return read_json(path, "delete it and measure again (lowbit compare --front)", FORMAT, ("points",))
+    again = "delete it and measure again (lowbit compare --front)"
+    tree = read_json(path, again, FORMAT)
+    if tree is not None:
+        try:
+            _Front.model_validate(tree)
+        except ValidationError as error:
+            raise RunError(f"{path}: is damaged ({explain_validation(error, _Front)}); {again}") from None
+    return tree
 
 
 def resolve(

@@ -190,7 +190,7 @@ def _propose(
     path = Path(output) if output is not None else place / "mixed.yaml"
     if not path.parent.is_dir():
         raise RunError(f"{path}: there is no directory {path.parent}")
-    trained = load_trained(place, "sensitivity")
+    trained = load_trained(place)
     net = Network(trained, str(place))
     settings = tree["settings"]
     here = Images(net.recipe, net.spec, data or load_data(net.recipe), settings["images"], settings["steps"])

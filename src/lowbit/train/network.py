@@ -145,12 +145,12 @@ def _refuse_code(recipe: Any, place: Path) -> None:
         )
 
 
-def load_trained(path: str | Path, what: str) -> Trained:
+def load_trained(path: str | Path, what: str = "") -> Trained:
     """The network of a finished run's directory, or of one checkpoint (``best.ckpt``, ``final.ckpt``).
 
     Args:
         path: directory or file; ``~`` is the home directory. The directory is trusted as a recipe is: it may name a function.
-        what: the key that asks for it, for messages.
+        what: the key that asks for it, in front of messages.
 
     Raises:
         RunError: it is not there, not finished, broken, or a checkpoint that does not tell its recipe and input, or of
@@ -169,7 +169,5 @@ def load_trained(path: str | Path, what: str) -> Trained:
         _refuse_code(tree["recipe"], place)
         recipe, spec = parse_recipe(tree["recipe"], str(place)), InputSpec.from_json(tree["input"])
         return Trained(recipe, spec, restore(recipe, spec, tree, str(place)))
-    except RecipeError as error:
-        raise RunError(f"{what}: {error}") from None
-    except RunError as error:
+    except (RecipeError, RunError) as error:
         raise RunError(str(error) if str(error).startswith(what) else f"{what}: {error}") from None

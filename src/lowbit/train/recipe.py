@@ -400,6 +400,29 @@ def _check_types(section: str, arguments: Mapping[str, Any], function: Any) -> N
             continue  # no type of data
 
 
+_KINDS: Final = {
+    "recipe": ("a recipe", "`lowbit train` runs it"),
+    "table": ("a table", "`lowbit compare` runs it, `lowbit train --cell LABEL` one cell"),
+    "space": ("a space to search", "`lowbit search` runs it"),
+}
+
+
+def check_kind(tree: Mapping[str, Any], wanted: str, source: str) -> None:
+    """Refuse a file that is one of the other kinds: "recipe", "table" or "space".
+
+    Raises:
+        RecipeError: with ``source`` in front, and the command that takes it.
+    """
+    kind = wanted
+    if "recipe" in tree and "model" not in tree:
+        kind = "space" if "space" in tree else "table"
+    elif "recipe" not in tree and "model" in tree:
+        kind = "recipe"
+    if kind != wanted:
+        what, way_out = _KINDS[kind]
+        raise RecipeError(f"{source}: is {what}, not {_KINDS[wanted][0]}; {way_out}")
+
+
 def parse_recipe(tree: Any, source: str = "recipe") -> Recipe:
     """Check a plain dict against the fields and the registries.
 
@@ -408,10 +431,7 @@ def parse_recipe(tree: Any, source: str = "recipe") -> Recipe:
     """
     if not isinstance(tree, dict):
         raise RecipeError(f"{source}: a recipe is a mapping of keys to values, found {type(tree).__name__}")
-    if "recipe" in tree and "model" not in tree:
-        raise RecipeError(
-            f"{source}: is a table, not a recipe; `lowbit compare` runs it, `lowbit train --cell LABEL` one cell"
-        )
+    check_kind(tree, "recipe", source)
     try:
         recipe = Recipe.model_validate(tree)
         _check_names(recipe)

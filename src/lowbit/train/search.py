@@ -168,16 +168,20 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         path = self.folder / "study.db"
         identity = fingerprint(self._data_of(self._first))
+        place: dict[str, Any] = {"storage": f"sqlite:///{path.absolute()}", "study_name": "search"}
+
+        def opened() -> optuna.Study:
+            return optuna.create_study(**place, directions=["maximize", "minimize"], load_if_exists=True)
+
         try:
-            study = optuna.create_study(
-                storage=f"sqlite:///{path.absolute()}",
-                study_name="search",
-                directions=["maximize", "minimize"],
-                load_if_exists=True,
-            )
+            study = opened()
             attrs = study.user_attrs
+            begun = any(t.state != TrialState.WAITING for t in study.get_trials(deepcopy=False))
+            if "fingerprint" in attrs and not begun:  # a budget was refused, say: the folder is of no space yet
+                optuna.delete_study(**place)
+                study, attrs = opened(), {}
             if "fingerprint" not in attrs:
-                if any(t.state != TrialState.WAITING for t in study.get_trials(deepcopy=False)):
+                if begun:
                     raise RunError(f"{path}: is a study of something else; give --out another folder")
                 study.enqueue_trial(self.space.first, skip_if_exists=True)
                 study.set_user_attr("space", self.space.identity)

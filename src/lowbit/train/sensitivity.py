@@ -414,7 +414,7 @@ def measure(
     if not place.is_dir():
         raise RunError(f"{place}: not a run directory; sensitivity is measured on a run, not on a file")
     report = on_progress or (lambda *_: None)
-    trained = load_trained(place, "sensitivity")
+    trained = load_trained(place)
     net = Network(trained, str(place))
     wanted = _chosen(net, layers)
     with RunLock(place) as lock:

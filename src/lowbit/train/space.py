@@ -48,6 +48,7 @@ from lowbit.train.recipe import (
     RecipeError,
     Strict,
     assign,
+    check_kind,
     explain_validation,
     flatten,
     parse_recipe,
@@ -200,6 +201,12 @@ class Prune(Strict):
     rungs: tuple[Annotated[int, Field(ge=1)], ...] = ()
     margin: Annotated[float, Field(ge=0)] = 1.0
 
+    @model_validator(mode="after")
+    def _agree(self) -> Prune:
+        if list(self.rungs) != sorted(set(self.rungs)):
+            raise ValueError(f"rungs: {list(self.rungs)} must rise")
+        return self
+
 
 class TableOut(Strict):
     """The table that is written at the end: its ``name``, by default the space's with "-front" behind it; ``set`` changes all of its
@@ -338,6 +345,8 @@ def load_space(path: str | Path) -> Space:
     path = Path(path)
     try:
         tree = read_yaml(path, "space")
+        if isinstance(tree, dict):
+            check_kind(tree, "space", str(path))
     except RecipeError as error:
         raise SpaceError(str(error)) from None
     if not isinstance(tree, dict) or "space" not in tree:

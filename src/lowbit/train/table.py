@@ -50,6 +50,7 @@ from lowbit.train.recipe import (
     Strict,
     assign,
     assign_text,
+    check_kind,
     differing_keys,
     explain_validation,
     flatten,
@@ -427,8 +428,10 @@ def _load(path: str | Path, overrides: Sequence[str]) -> Table:
         raise TableError(str(error)) from None
     if not isinstance(tree, dict):
         raise TableError(f"{path}: a table is a mapping of keys to values, found {type(tree).__name__}")
-    if "recipe" not in tree and "model" in tree:
-        raise TableError(f"{path}: is a recipe, not a table; `lowbit train` runs it")
+    try:
+        check_kind(tree, "table", str(path))
+    except RecipeError as error:
+        raise TableError(str(error)) from None
     try:
         config = _TableConfig.model_validate(tree)
     except ValidationError as error:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +95,22 @@ class Card:
         return {"format": FORMAT, **{key: getattr(self, key) for key in self.__dataclass_fields__}}
 
 
-def _is(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, kinds) and not isinstance(value, bool)
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _number(value: Any) -> bool:
+    """Of JSON, and finite: Python reads NaN and Infinity there too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and _number(value) and value >= 1
+
+
+def _each(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """A mapping with names, all of whose values are good."""
+    return lambda value: isinstance(value, dict) and all(map(good, value.values()))
 
 
 def _has(**parts: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -104,24 +119,34 @@ def _has(**parts: Callable[[Any], bool]) -> Callable[[Any], bool]:
     )
 
 
-_TEXT, _COUNT, _NUMBER = (lambda v: isinstance(v, str) and bool(v.strip())), _is(int), _is(int, float)
 _FIELDS: Final[Mapping[str, Callable[[Any], bool]]] = {
-    "name": _TEXT,
-    "title": _TEXT,
-    "task": lambda value: value in METRICS,
-    "bytes": _COUNT,
+    "name": _text,
+    "title": _text,
+    "task": lambda value: _text(value) and value in METRICS,
+    "bytes": _count,
     "sha256": lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
-    "measured": _has(metric=_TEXT, value=_NUMBER, images=_COUNT, data=_TEXT, split=_TEXT),
-    "seeds": _has(values=_is(dict), mean=_NUMBER),
+    "measured": _has(metric=_text, value=_number, images=_count, data=_text, split=_text),
+    "seeds": _has(values=_each(_number), mean=_number, sd=lambda value: value is None or _number(value)),
     "time": lambda value: (
-        value is None or _has(milliseconds=_NUMBER, batch=_COUNT, threads=_COUNT, peers=_is(dict))(value)
+        value is None
+        or _has(
+            milliseconds=_number, batch=_count, threads=_count, peers=_each(_has(milliseconds=_number, ratio=_number))
+        )(value)
     ),
-    "recipe": _has(name=_TEXT),
-    "command": _TEXT,
-    "licence": _TEXT,
-    "made": _has(date=_TEXT),
+    "recipe": _has(name=_text),
+    "command": _text,
+    "licence": _text,
+    "made": _has(date=_text),
 }
-_PICTURE: Final = _has(name=_TEXT, psnr=_NUMBER, psnr_bicubic=_NUMBER)
+_OF_PICTURES: Final = _has(
+    bicubic=_number,
+    ssim=_number,
+    pictures=lambda value: (
+        isinstance(value, list)
+        and bool(value)
+        and all(map(_has(name=_text, psnr=_number, psnr_bicubic=_number), value))
+    ),
+)
 
 
 def names() -> list[str]:
@@ -150,7 +175,7 @@ def load_card(name: str) -> Card:
         ZooError: no such network, a field that is missing or wrong, or another file than the card's.
     """
     if name not in names():
-        raise ZooError(f"{name}: no such network in the zoo: {_hint(name)}")
+        raise ZooError(f"{name}: no such network in the zoo; {_hint(name)}")
     path = FOLDER / f"{name}.json"
     try:
         tree = json.loads(path.read_bytes())
@@ -184,10 +209,8 @@ def _parse(name: str, tree: Any) -> Card:
         raise refuse(
             f"measures {measured['metric']!r}, but networks of the task {tree['task']!r} have {METRICS[tree['task']]!r}"
         )
-    if tree["task"] == "superres" and not (
-        _NUMBER(measured.get("bicubic")) and measured.get("pictures") and all(map(_PICTURE, measured["pictures"]))
-    ):
-        raise refuse("has no usable 'measured': super-resolution needs 'bicubic' and 'pictures'")
+    if tree["task"] == "superres" and not _OF_PICTURES(measured):
+        raise refuse("has no usable 'measured': super-resolution needs 'bicubic', 'ssim' and 'pictures'")
     return Card(**{key: tree[key] for key in _FIELDS})
 
 
@@ -221,8 +244,8 @@ _AGAIN: Final = "make both again with `lowbit zoo add`, or install lowbit again"
 def _hint(name: str) -> str:
     known = names()
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-    meant = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"{meant}The zoo has {', '.join(known) or 'nothing'}"
+    there = f"zoo has {', '.join(known) or 'nothing'}"
+    return f"did you mean {' or '.join(map(repr, close))}? The {there}" if close else f"the {there}"
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
@@ -240,7 +263,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
     if path.exists():
         return path  # a folder: whoever reads says what is wrong with it
     if path.suffix == "" and path.name == text:
-        raise ZooError(f"{text}: no such file, and no network of the zoo: {_hint(text)}")
+        raise ZooError(f"{text}: no such file, and no network of the zoo; {_hint(text)}")
     if path.stem in names():
         raise ZooError(
             f"{text}: no such file; the network of the zoo is named {path.stem!r} alone, without a folder or an ending"
